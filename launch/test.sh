@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The tests. Alone: all but the slow ones and those that need special hardware. With arguments: what pytest selects by them.
+#   bash launch/test.sh                       bash launch/test.sh tests/parity              bash launch/test.sh -m slow
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+# torch beside jax, where a CPU build of it exists under the pinned number; elsewhere the run says which tests that costs.
+if "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then ready_venv test torch; else ready_venv test; fi
+
+if [ $# -eq 0 ]; then
+    ruff check --quiet .
+    ruff format --check --quiet .
+    set -- -m "not slow and not gpu and not faults and not notebooks and not bench"
+fi
+exec python -m pytest "$@"

@@ -1,0 +1,345 @@
+"""The door: a Python config file and `--config.a.b=value` overrides in, frozen dataclasses out.
+
+`ml_collections.ConfigDict` is known in this file and in the config files, nowhere else. Every fault of a config
+is collected and reported together, one sentence a line, exit code 2. Beyond the door a field is an attribute;
+`.get(key, default)` does not occur (tests/test_layering.py).
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import os
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+
+import ml_collections
+
+
+class UserError(Exception):
+    """Something the user can mend. Each argument is one sentence: what was found, where, what would work."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Shape of the encoder (Nomic Embed v2, arXiv 2502.07972: 12 layers, dim 768, 12 heads, ffn 3072)."""
+
+    vocab_size: int  # rows of the embedding table: the tokenizer's pieces, padded to a multiple of 64
+    num_layers: int
+    dim: int
+    num_heads: int
+    ffn_dim: int
+    max_seq_length: int  # tokens; what encode() reads of a text, queries and documents alike
+    num_token_types: int = 1
+    rotary_base: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    dtype: str = "float32"  # of the matrix products; masters, router, norms, pooling and loss stay float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moe:
+    """Which layers are mixtures of experts, and of how many."""
+
+    num_experts: int = 8  # 0: every layer is dense
+    top_k: int = 2  # experts a token visits; their softmax weights are used as they are, not renormalised
+    every: int = 2  # layer i is a mixture when i % every == every - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which pairs, and how they become packed rows."""
+
+    sources: tuple[str, ...]  # files of pairs; a global batch comes from one of them
+    tokenizer: str  # a SentencePiece model
+    batch_size: int  # pairs in a global batch
+    weights: tuple[float, ...] = ()  # how often each source is drawn; () is in proportion to its pairs
+    query: str = "query"  # column names
+    document: str = "document"
+    query_prompt: str = "search_query: "
+    document_prompt: str = "search_document: "
+    query_length: int = 32  # tokens; longer queries are cut, and counted
+    document_length: int = 256
+    num_negatives: int = 0  # hard negatives taken from a pair's "negatives"
+    row_length: int = 512  # tokens L in a packed row
+    rows: int = 32  # packed rows B of one micro-batch on one device
+    texts_per_row: int = 64  # at most S texts share a row
+    dev: tuple[str, ...] = ()  # BEIR folders with qrels/dev.tsv, evaluated during training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+    """InfoNCE over the documents of the global batch, and the router's balance loss."""
+
+    temperature: float = 0.02
+    bidirectional: bool = False  # also document -> query, averaged (the paper: query -> document only)
+    mask_duplicates: bool = True  # a copy of the positive document is no negative
+    balance_coefficient: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW with warm-up and decay."""
+
+    learning_rate: float
+    schedule: str = "cosine"  # cosine, linear, inverse_sqrt or constant, after a linear warm-up
+    warmup_steps: int = 0
+    weight_decay: float = 0.01  # on matrices; never on biases and norms
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along the two mesh axes; one of them may be -1: all that are left."""
+
+    data: int = -1
+    expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long, from which seed, and how often something is written down."""
+
+    steps: int
+    seed: int = 0
+    eval_every: int = 0  # steps between evaluations on data.dev; 0 is never
+    save_every: int = 1000
+    keep: int = 2  # verified checkpoints to keep
+    recompute: bool = (
+        True  # encode again in the backward pass: 4/3 of the FLOPs, one micro-batch of activations (GradCache)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of a run; `load` makes one, a workdir keeps it as JSON."""
+
+    encoder: Encoder
+    moe: Moe
+    data: Data
+    loss: Loss
+    optim: Optim
+    mesh: Mesh
+    run: Run
+
+
+SECTIONS = typing.get_type_hints(Config)
+CHOICES = {
+    "encoder.dtype": ("float32", "bfloat16"),
+    "optim.schedule": ("cosine", "linear", "inverse_sqrt", "constant"),
+}
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """`path/to/config.py[:variant]` and `--config.a.b=value` overrides -> Config.
+
+    Raises UserError with every fault found: a missing file, unknown or missing keys, wrong types, impossible values.
+    """
+    path, _, variant = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={spec}: there is no file {path}; give a Python file that defines get_config().")
+    module_spec = importlib.util.spec_from_file_location("moe_embed_config", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: {path} does not define get_config(variant).")
+    try:
+        tree = module.get_config(variant)
+    except ValueError as error:  # a config's own sentence about an unknown variant
+        raise UserError(f"--config={spec}: {error}") from error
+    if isinstance(tree, ml_collections.ConfigDict):
+        tree = tree.to_dict()
+    faults: list[str] = []
+    for override in overrides:
+        _apply_override(tree, override, faults)
+    return from_dict(tree, faults=faults)
+
+
+def from_dict(tree: dict, *, faults: Sequence[str] = ()) -> Config:
+    """A nested dict (a config file's, or a workdir's config.json) -> Config; raises UserError with all faults."""
+    faults = list(faults)
+    sections = {}
+    for name, kind in SECTIONS.items():
+        values = tree[name] if name in tree else {}
+        if not isinstance(values, dict):
+            faults.append(f"config.{name} is {values!r}; it is a section with keys of its own.")
+            continue
+        sections[name] = _build(kind, values, name, faults)
+    for key in tree:
+        if key not in SECTIONS:
+            faults.append(f"config.{key} is not a section{_did_you_mean(key, SECTIONS)}")
+    if not faults:
+        faults = _contradictions(Config(**sections))
+    if faults:
+        raise UserError(*faults)
+    return Config(**sections)
+
+
+def to_dict(config: Config) -> dict:
+    """Config -> plain nested dict, ready for JSON; `from_dict` is its inverse."""
+    return dataclasses.asdict(config)
+
+
+def _did_you_mean(key: str, known) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}."
+
+
+def _apply_override(tree: dict, override: str, faults: list[str]) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.removeprefix("--config.").split(".")
+    if not name.startswith("--config.") or not equals or len(keys) != 2:
+        faults.append(f"{override} is not an override; write --config.section.key=value.")
+        return
+    section, key = keys
+    if section not in SECTIONS:
+        faults.append(f"config.{section} is not a section{_did_you_mean(section, SECTIONS)}")
+        return
+    kinds = typing.get_type_hints(SECTIONS[section])
+    if key in kinds:
+        tree.setdefault(section, {})[key] = _parse(text, kinds[key])
+        if (section, key) == ("data", "sources"):
+            tree["data"].pop("weights", None)  # they were another list's
+    else:  # reported with the other unknown keys
+        tree.setdefault(section, {})[key] = text
+
+
+def _parse(text: str, kind: type):
+    """An override's text as a value of `kind`; left a string where it is none, for `_fits` to complain about."""
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}[text] if text in ("true", "false") else text
+    if typing.get_origin(kind) is tuple and not isinstance(value, tuple | list):
+        return tuple(part for part in text.split(",") if part) if typing.get_args(kind)[0] is str else (value,)
+    return value
+
+
+def _build(kind: type, values: dict, section: str, faults: list[str]):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    good = {}
+    for key, value in values.items():
+        where = f"config.{section}.{key}"
+        if key not in fields:
+            faults.append(f"{where} is not a key{_did_you_mean(key, fields)}")
+        elif not _fits(value, hints[key]):
+            faults.append(f"{where} is {value!r}; it must be {_name(hints[key])}.")
+        else:
+            good[key] = _cast(value, hints[key])
+            allowed = CHOICES[f"{section}.{key}"] if f"{section}.{key}" in CHOICES else (value,)
+            if value not in allowed:
+                faults.append(f"{where} is {value!r}; it must be one of {', '.join(allowed)}.")
+    for key, field in fields.items():
+        if key not in values and field.default is dataclasses.MISSING:
+            faults.append(f"config.{section}.{key} is missing; it must be {_name(hints[key])}.")
+    return (
+        kind(**good) if all(f.name in good or f.default is not dataclasses.MISSING for f in fields.values()) else None
+    )
+
+
+def _fits(value, kind) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _cast(value, kind):
+    if typing.get_origin(kind) is tuple:
+        return tuple(_cast(item, typing.get_args(kind)[0]) for item in value)
+    return float(value) if kind is float else value
+
+
+def _name(kind) -> str:
+    if isinstance(kind, types.GenericAlias):
+        return {str: "a list of strings", float: "a list of numbers"}[typing.get_args(kind)[0]]
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
+
+
+def _contradictions(c: Config) -> list[str]:
+    """Faults that need more than one field to see."""
+    rules = [
+        (c.encoder.num_layers % unit_length(c) == 0,
+         f"config.encoder.num_layers={c.encoder.num_layers} is not divisible by config.moe.every={c.moe.every}."),
+        (c.encoder.num_heads > 0 and c.encoder.dim % (2 * max(c.encoder.num_heads, 1)) == 0,
+         f"config.encoder.dim={c.encoder.dim} must be a multiple of twice config.encoder.num_heads="
+         f"{c.encoder.num_heads}: rotary positions turn pairs of a head's dims."),
+        (c.moe.num_experts == 0 or 1 <= c.moe.top_k <= c.moe.num_experts,
+         f"config.moe.top_k={c.moe.top_k} must be between 1 and config.moe.num_experts={c.moe.num_experts}."),
+        (max(c.data.query_length, c.data.document_length) <= c.data.row_length,
+         f"config.data.row_length={c.data.row_length} is shorter than a text's cap (query_length="
+         f"{c.data.query_length}, document_length={c.data.document_length}); raise row_length."),
+        (min(c.data.query_length, c.data.document_length, c.encoder.max_seq_length) >= 3,
+         "config.data.query_length, config.data.document_length and config.encoder.max_seq_length must be at least 3: "
+         "<s>, one piece, </s>."),
+        (len(c.data.weights) in (0, len(c.data.sources)),
+         f"config.data.weights has {len(c.data.weights)} numbers for {len(c.data.sources)} sources."),
+        (all(w >= 0 for w in c.data.weights) and (not c.data.weights or sum(c.data.weights) > 0),
+         f"config.data.weights={c.data.weights} must be non-negative, and not all zero."),
+        (c.loss.temperature > 0, f"config.loss.temperature={c.loss.temperature} must be positive."),
+        (all(n == -1 or n > 0 for n in (c.mesh.data, c.mesh.expert)) and (c.mesh.data, c.mesh.expert) != (-1, -1),
+         f"config.mesh is data={c.mesh.data}, expert={c.mesh.expert}: give counts of devices, at most one of them -1."),
+    ]  # fmt: skip
+    positive = {
+        "encoder": ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "num_token_types"),
+        "moe": ("every",),
+        "data": ("batch_size", "rows", "row_length", "texts_per_row"),
+        "run": ("steps", "save_every", "keep"),
+    }
+    for section, keys in positive.items():
+        for key in keys:
+            value = getattr(getattr(c, section), key)
+            rules.append((value > 0, f"config.{section}.{key}={value} must be positive."))
+    not_negative = {
+        "optim": ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"),
+        "data": ("num_negatives",),
+        "moe": ("num_experts",),
+        "loss": ("balance_coefficient",),
+        "run": ("seed", "eval_every"),
+    }
+    for section, keys in not_negative.items():
+        for key in keys:
+            value = getattr(getattr(c, section), key)
+            rules.append((value >= 0, f"config.{section}.{key}={value} must not be negative."))
+    rules.append((bool(c.data.sources), "config.data.sources is empty; name at least one file of pairs."))
+    return [sentence for holds, sentence in rules if not holds]
+
+
+def unit_length(c: Config) -> int:
+    """Layers in the repeated unit: `moe.every` with the mixture last, or one dense layer. Scanned num_layers / this times."""
+    return max(c.moe.every, 1) if c.moe.num_experts else 1
+
+
+def run_verb(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
+    """Run a verb's main(argv): exit 0, or 2 with the sentences of a UserError. Also the process-wide jax settings."""
+    import jax  # here: the door itself is plain Python
+
+    accelerators = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/vfio", "/dev/kfd", "/dev/dxg")
+    if "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, accelerators)):
+        jax.config.update("jax_platforms", "cpu")  # else an installed libtpu or CUDA plugin is probed, with a warning
+    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moe_embed/xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to continue.", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)

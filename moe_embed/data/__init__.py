@@ -1,0 +1,1 @@
+"""The wing on the host: text to packed batches. No device code inside."""

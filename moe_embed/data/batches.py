@@ -1,0 +1,191 @@
+"""Pairs to packed rows [M, B, L]: tokenise, pack each device's own texts, number the micro-batches.
+
+A row holds several texts with segment ids from 1 and positions from 0; attention and pooling stay inside a segment, so a
+text's embedding does not depend on where it is packed. M is the smallest of at most three sizes that holds the fullest
+device: three shapes to compile. Unused rows are empty; nothing spills into another step, nothing is cut beyond the caps.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moe_embed import config as config_lib
+from moe_embed.data import mixture as mixture_lib
+from moe_embed.data.sources import Source
+from moe_embed.data.tokenizer import PAD, Tokenizer
+
+SAMPLE = 64  # batches packed beforehand to choose the sizes of M
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Where each text of one device went, and how many rows that took."""
+
+    row_N: np.ndarray  # int32
+    segment_N: np.ndarray  # int32, from 0
+    start_N: np.ndarray  # int32, the first token's place in the row
+    num_rows: int
+
+
+def pack(lengths: Sequence[int], *, row_length: int, texts_per_row: int) -> Packed:
+    """Best-fit decreasing: the longest text first, each into the fullest row that still holds it. Deterministic."""
+    lengths = np.asarray(lengths, np.int32)
+    row_N, segment_N, start_N = (np.zeros(len(lengths), np.int32) for _ in range(3))
+    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the space they have left
+    used, texts = [], []
+    for n in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[n])
+        space = next((s for s in range(length, row_length) if open_rows[s]), None)
+        if space is None:
+            row = len(used)
+            used.append(0)
+            texts.append(0)
+        else:
+            row = open_rows[space].pop()
+        row_N[n], segment_N[n], start_N[n] = row, texts[row], used[row]
+        used[row] += length
+        texts[row] += 1
+        if texts[row] < texts_per_row and used[row] < row_length:
+            open_rows[row_length - used[row]].append(row)
+    return Packed(row_N, segment_N, start_N, len(used))
+
+
+def fill_rows(ids: Sequence[np.ndarray], packed: Packed, *, num_rows: int, row_length: int) -> dict[str, np.ndarray]:
+    """Packed texts -> tokens_BL, segments_BL, positions_BL, int32, `num_rows` of them."""
+    tokens_BL = np.full((num_rows, row_length), PAD, np.int32)
+    segments_BL, positions_BL = np.zeros_like(tokens_BL), np.zeros_like(tokens_BL)
+    for text, row, segment, start in zip(ids, packed.row_N, packed.segment_N, packed.start_N, strict=True):
+        place = row, slice(start, start + len(text))
+        tokens_BL[place], segments_BL[place], positions_BL[place] = text, segment + 1, np.arange(len(text))
+    return {"tokens_BL": tokens_BL, "segments_BL": segments_BL, "positions_BL": positions_BL}
+
+
+def document_id(text: str) -> int:
+    """A 31-bit number, equal for equal texts: how infonce finds copies of a document in a batch."""
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One step's arrays, named by their dims, and what was counted while making them."""
+
+    arrays: dict[str, np.ndarray]
+    useful: float  # share of the tokens in the rows that belong to texts
+    cut_queries: int
+    cut_documents: int
+    source: str
+
+
+class Batches:
+    """Step -> Batch, for `num_shards` devices. `sizes` are the micro-batch counts M that can occur."""
+
+    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, config: config_lib.Config, *, num_shards: int):
+        self.sources, self.tokenizer, self.c, self.num_shards = sources, tokenizer, config.data, num_shards
+        if tokenizer.num_ids > config.encoder.vocab_size:
+            raise config_lib.UserError(
+                f"the tokenizer {config.data.tokenizer} has {tokenizer.num_ids} ids, more than "
+                f"config.encoder.vocab_size={config.encoder.vocab_size}; set it to {-(-tokenizer.num_ids // 64) * 64}."
+            )
+        self.mixture = mixture_lib.Mixture(
+            [len(source.pairs) for source in sources],
+            weights=self.c.weights,
+            batch_size=self.c.batch_size,
+            steps=config.run.steps,
+            seed=config.run.seed,
+        )
+        self.sizes = self._choose_sizes(config.run.steps)
+
+    @property
+    def fingerprint(self) -> dict:
+        """What the order of the data depends on; a checkpoint keeps it, and a resume compares."""
+        files = [[source.path.rsplit("/", 1)[-1], len(source.pairs), source.digest] for source in self.sources]
+        return {
+            "files": files,
+            "seed": self.mixture.seed,
+            "batch_size": self.c.batch_size,
+            "weights": list(self.c.weights),
+        }
+
+    def batch_at(self, step: int) -> Batch:
+        """The arrays of step `step`: tokens_MBL, segments_MBL, positions_MBL, query_slot_N, document_slot_N,
+        document_id_N (objectives.contrastive). Shards stand side by side along B and N."""
+        source, queries, documents, document_ids, cut = self._texts(step)
+        shards = [self._pack_shard(ids) for ids in self._shards(queries, documents)]
+        num_micro = next(size for size in self.sizes if size * self.c.rows >= max(p.num_rows for _, p in shards))
+        arrays = {"query_slot_N": [], "document_slot_N": []}
+        rows = {"tokens": [], "segments": [], "positions": []}
+        for ids, packed in shards:
+            filled = fill_rows(ids, packed, num_rows=num_micro * self.c.rows, row_length=self.c.row_length)
+            for name in rows:
+                rows[name].append(filled[f"{name}_BL"].reshape(num_micro, self.c.rows, self.c.row_length))
+            slot = packed.row_N * self.c.texts_per_row + packed.segment_N
+            num_queries = self.c.batch_size // self.num_shards
+            arrays["query_slot_N"].append(slot[:num_queries])
+            arrays["document_slot_N"].append(slot[num_queries:])
+        arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
+        arrays |= {f"{name}_MBL": np.concatenate(parts, axis=1) for name, parts in rows.items()}
+        arrays["document_id_N"] = document_ids
+        useful = float((arrays["segments_MBL"] > 0).mean())
+        return Batch(arrays, useful, *cut, source=self.sources[source].path)
+
+    def iterate(self, first_step: int, last_step: int, *, ahead: int = 2) -> Iterator[Batch]:
+        """Batches of steps first_step .. last_step - 1, made in a thread while the device works."""
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+            waiting = collections.deque()
+            for step in range(first_step, last_step):
+                waiting.append(pool.submit(self.batch_at, step))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _texts(self, step: int):
+        """Token ids of step `step`: queries [N], documents [N * (1 + h)] positive first, their ids, and the cuts."""
+        source, indices = self.mixture.batch_at(step)
+        pairs = [self.sources[source].pairs[i] for i in indices]
+        h = self.c.num_negatives
+        texts, ids = [], []
+        for pair in pairs:
+            negatives = pair.negatives[:h]
+            texts += [pair.document, *negatives] + [pair.document] * (h - len(negatives))  # fillers are masked by id -1
+            ids += [document_id(text) for text in (pair.document, *negatives)] + [-1] * (h - len(negatives))
+        queries, cut_queries = self.tokenizer.encode(
+            [pair.query for pair in pairs], prompt=self.c.query_prompt, max_length=self.c.query_length
+        )
+        documents, cut_documents = self.tokenizer.encode(
+            texts, prompt=self.c.document_prompt, max_length=self.c.document_length
+        )
+        return source, queries, documents, np.asarray(ids, np.int32), (cut_queries, cut_documents)
+
+    def _shards(self, queries, documents) -> Iterator[list[np.ndarray]]:
+        n, d = len(queries) // self.num_shards, len(documents) // self.num_shards
+        for i in range(self.num_shards):
+            yield queries[i * n : (i + 1) * n] + documents[i * d : (i + 1) * d]
+
+    def _pack_shard(self, ids: list[np.ndarray]) -> tuple[list[np.ndarray], Packed]:
+        lengths = [len(text) for text in ids]
+        return ids, pack(lengths, row_length=self.c.row_length, texts_per_row=self.c.texts_per_row)
+
+    def _choose_sizes(self, steps: int) -> tuple[int, ...]:
+        """Two sizes that waste least on a sample of the run's steps, and the one that no batch can exceed."""
+        sample = []
+        for step in np.unique(np.linspace(0, steps - 1, SAMPLE).astype(int)):
+            _, queries, documents, *_ = self._texts(int(step))
+            rows = max(self._pack_shard(ids)[1].num_rows for ids in self._shards(queries, documents))
+            sample.append(-(-rows // self.c.rows))
+        # A row that refuses a text of at most `cap` tokens already holds row_length // cap texts, or texts_per_row.
+        cap = max(self.c.query_length, self.c.document_length)
+        texts = self.c.batch_size // self.num_shards * (2 + self.c.num_negatives)
+        worst = -(-texts // min(self.c.row_length // cap, self.c.texts_per_row))
+        worst = max(max(sample), -(-worst // self.c.rows))
+
+        def padded(sizes: tuple[int, int]) -> int:
+            return sum(min(size for size in (*sizes, worst) if size >= needed) for needed in sample)
+
+        best = min(itertools.combinations_with_replacement(sorted(set(sample)), 2), key=padded)
+        return tuple(sorted({*best, worst}))

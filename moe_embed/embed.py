@@ -1,0 +1,90 @@
+"""Texts to vectors, or a search with your own words.
+
+    python -m moe_embed.embed --model=runs/demo --input=texts.jsonl --output=E.npy --task=document
+    echo '{"text": "Wie drucke ich?"}' | python -m moe_embed.embed --model=runs/demo --input=- --output=E.npy --task=query
+    python -m moe_embed.embed --model=runs/demo --search=corpus.jsonl
+
+Each line of the input is {"text": ...}; row i of the output is line i. --search reads a BEIR corpus.jsonl and then
+queries: a line each from the terminal, or from --input.
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_embed import config as config_lib
+from moe_embed import retrieval
+from moe_embed.config import UserError
+from moe_embed.data import sources
+from moe_embed.load import Model, load
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_embed.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a workdir, or a folder written by export")
+    parser.add_argument("--input", help="a .jsonl file, or - for standard input")
+    parser.add_argument("--output", type=pathlib.Path, help="a .npy file: float32 [lines, dim], unit norm")
+    parser.add_argument("--task", help="the prompt to put in front: query, document, ... (default: none)")
+    parser.add_argument("--dim", type=int, help="keep this many numbers of each vector")
+    parser.add_argument("--search", help="a corpus.jsonl to search instead of writing vectors")
+    parser.add_argument("--top_k", type=int, default=3, help="documents shown for a query")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.search) == bool(arguments.output):
+        parser.error("give --output=E.npy to write vectors, or --search=corpus.jsonl to search")
+    if arguments.output and not arguments.input:
+        parser.error("--output needs --input=texts.jsonl, or --input=- for standard input")
+    texts = _read(arguments.input) if arguments.input else None
+    if arguments.search:
+        corpus = list(sources.read_corpus(arguments.search).values())
+        model = load(arguments.model)
+        search(model, corpus, texts if texts is not None else _typed(), top_k=arguments.top_k, dim=arguments.dim)
+    else:
+        vectors = load(arguments.model).encode(texts, arguments.task, arguments.dim, progress=sys.stderr.isatty())
+        try:
+            with open(arguments.output, "wb") as file:
+                np.save(file, vectors)
+        except OSError as error:
+            raise UserError(f"--output={arguments.output} cannot be written: {error.strerror}.") from error
+        print(f"{arguments.output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers.")
+
+
+def search(model: Model, corpus: Sequence[str], queries, *, top_k: int, dim: int | None = None) -> None:
+    """Print, for each query, the documents of highest cosine, one line each, cut to the terminal's width."""
+    document_CD = model.encode(
+        corpus, "document" if "document" in model.prompts else None, dim, progress=sys.stderr.isatty()
+    )
+    width = shutil.get_terminal_size((100, 24)).columns
+    for query in queries:
+        query_ND = model.encode([query], "query" if "query" in model.prompts else None, dim)
+        scores, indices = retrieval.top_k(query_ND, document_CD, k=top_k)
+        print(f"\n{query}")
+        for score, index in zip(scores[0], indices[0], strict=True):
+            print(textwrap.shorten(f"{score:.3f} {corpus[index]}", width, placeholder=" ...", initial_indent="  "))
+
+
+def _typed():
+    """Lines from the terminal until it ends."""
+    prompt = "\nsearch (empty line ends): " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _read(path: str) -> list[str]:
+    return sources.read_texts("standard input", stream=sys.stdin.buffer) if path == "-" else sources.read_texts(path)
+
+
+if __name__ == "__main__":
+    config_lib.run_verb(main)

@@ -1,0 +1,176 @@
+"""Any --model -> a Model: parameters, tokenizer, prompts, and `encode`. What embed, evaluate, export and notebooks use.
+
+A model is a workdir (its newest verified step) or a folder in Hugging Face layout, as export writes it.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import tqdm
+
+from moe_embed import checkpoint, hf_layout, program, sharding
+from moe_embed import config as config_lib
+from moe_embed.config import UserError
+from moe_embed.data import batches, sources
+from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.model import encoder as encoder_lib
+
+DESCRIPTION = "workdir.json"  # of a workdir: {"config", "prompts", "versions"}
+TOKENIZER = "tokenizer.model"
+TEXTS_PER_ROW = 16
+ROW_TOKENS = 4096  # tokens a device encodes at once
+MIN_ROW = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An encoder ready to use. `params` are named arrays on `mesh`."""
+
+    encoder: config_lib.Encoder
+    moe: config_lib.Moe
+    params: dict
+    tokenizer: tokenizer_lib.Tokenizer
+    prompts: dict[str, str]
+    mesh: jax.sharding.Mesh
+    origin: str
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        task: str | None = None,
+        dim: int | None = None,
+        max_length: int | None = None,
+        *,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Texts -> float32 [N, dim], unit norm, row i for text i.
+
+        Args:
+          task: the name of a prompt to put in front ("query", "document", ...); None for no prompt.
+          dim: keep the first `dim` numbers and normalise again (Matryoshka, arXiv 2205.13147); None keeps all.
+          max_length: tokens read of a text; None is the model's own `max_seq_length`.
+
+        Raises UserError for an unknown task, an empty text, or a dim the model does not have.
+        """
+        return self.encode_with_sums(texts, task, dim, max_length, progress=progress)[0]
+
+    def encode_with_sums(self, texts, task=None, dim=None, max_length=None, *, progress=False):
+        """`encode`, and how often each expert was chosen over all texts: float32 [R, E] (None for a dense model)."""
+        dim = self.encoder.dim if dim is None else dim
+        if not 1 <= dim <= self.encoder.dim:
+            raise UserError(f"dim={dim} is not between 1 and the model's {self.encoder.dim}.")
+        ids = self._tokenise(texts, task, max_length)
+        embed = program.build_embed(self.encoder, self.moe, self.mesh, num_segments=TEXTS_PER_ROW)
+        out_ND = np.zeros((len(ids), dim), np.float32)
+        choices_RE = None
+        with tqdm.tqdm(total=len(ids), unit="text", disable=not progress, dynamic_ncols=True) as bar:
+            for members, rows, packed in _rows(ids, num_devices=self.mesh.size):
+                pooled_MBSD, sums = embed(self.params, sharding.put_batch(rows, mesh=self.mesh))
+                vector_ND = np.asarray(pooled_MBSD)[0, packed.row_N, packed.segment_N, :dim]
+                out_ND[members] = vector_ND / np.maximum(np.linalg.norm(vector_ND, axis=-1, keepdims=True), 1e-12)
+                if sums is not None:
+                    choices_RE = np.asarray(sums.choices_E) + (0 if choices_RE is None else choices_RE)
+                bar.update(len(members))
+        return out_ND, choices_RE
+
+    def _tokenise(self, texts: Sequence[str], task: str | None, max_length: int | None) -> list[np.ndarray]:
+        if task is not None and task not in self.prompts:
+            raise UserError(f"{self.origin} has no prompt {task!r}; it has {', '.join(self.prompts)}, or None.")
+        if isinstance(texts, str):
+            raise UserError("encode takes a list of texts; put the one text in a list.")
+        for i, text in enumerate(texts):
+            if not sources.is_text(text):
+                raise UserError(f"text {i} is empty or no text: {text!r:.60}.")
+        prompt = "" if task is None else self.prompts[task]
+        cap = self.encoder.max_seq_length if max_length is None else min(max_length, self.encoder.max_seq_length)
+        if cap < 3:
+            raise UserError(f"max_length={max_length} leaves no room for a text between <s> and </s>; give 3 or more.")
+        return self.tokenizer.encode(list(texts), prompt=prompt, max_length=cap)[0]
+
+
+def _rows(ids: list[np.ndarray], *, num_devices: int):
+    """Texts in order of length -> (indices of texts, packed rows, where they went), in a handful of shapes.
+
+    A row is a power of two long, at least twice its longest text; the rows of a call are a power of two in number.
+    """
+    order = np.argsort([-len(text) for text in ids], kind="stable")
+    start = 0
+    while start < len(order):
+        row_length = max(MIN_ROW, 2 ** int(np.ceil(np.log2(2 * len(ids[order[start]])))))
+        budget = max(ROW_TOKENS // row_length, 1) * num_devices
+        lengths, end = [], start
+        while end < len(order) and sum(lengths[-1:]) <= row_length:  # as many texts as surely fit the budget's rows
+            if (sum(lengths) + len(ids[order[end]])) > 0.9 * budget * row_length and lengths:
+                break
+            if len(lengths) >= budget * TEXTS_PER_ROW:
+                break
+            lengths.append(len(ids[order[end]]))
+            end += 1
+        members = order[start:end]
+        some = [ids[i] for i in members]
+        packed = batches.pack([len(text) for text in some], row_length=row_length, texts_per_row=TEXTS_PER_ROW)
+        num_rows = max(num_devices, 2 ** int(np.ceil(np.log2(packed.num_rows))))
+        num_rows = -(-num_rows // num_devices) * num_devices
+        rows = batches.fill_rows(some, packed, num_rows=num_rows, row_length=row_length)
+        yield members, {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}, packed
+        start = end
+
+
+def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """Open a workdir or a Hugging Face folder, on `mesh` (by default all devices, batch over data).
+
+    Raises UserError when there is no model at `path`, or no checkpoint of it verifies.
+    """
+    root = pathlib.Path(path)
+    mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
+    if (root / DESCRIPTION).is_file():
+        return _load_workdir(root, mesh)
+    if (root / "config.json").is_file():
+        encoder, moe, params, prompts, _, tokenizer_path = hf_layout.read_folder(root)
+        params = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
+        return Model(encoder, moe, params, tokenizer_lib.read(tokenizer_path), prompts, mesh, str(root))
+    raise UserError(
+        f"{root} holds no model: neither a workdir ({DESCRIPTION}) nor a Hugging Face folder (config.json)."
+    )
+
+
+def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh) -> Model:
+    config, prompts = read_description(root)
+    step = checkpoint.newest_verified(root / "checkpoints", say=print)
+    if step is None:
+        raise UserError(f"{root} has no checkpoint yet; train it first: python -m moe_embed.train --workdir={root} ...")
+    abstract = jax.eval_shape(lambda: encoder_lib.init(config.encoder, config.moe, key=jax.random.key(0)))
+    shardings = sharding.shardings(abstract, column="parameter", mesh=mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    params = checkpoint.restore_params(root / "checkpoints", step, abstract_params=abstract)
+    tokenizer = tokenizer_lib.read(root / TOKENIZER)
+    return Model(config.encoder, config.moe, params, tokenizer, prompts, mesh, f"{root} (step {step})")
+
+
+def read_description(root: pathlib.Path) -> tuple[config_lib.Config, dict[str, str]]:
+    """The config and the prompts a workdir was written with."""
+    try:
+        description = json.loads((root / DESCRIPTION).read_text())
+        return config_lib.from_dict(description["config"]), description["prompts"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{root / DESCRIPTION} cannot be read ({error}); it is written by train.") from error
+
+
+def write_description(root: pathlib.Path, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> None:
+    """Make `root` a workdir: config, prompts and versions, and a copy of the tokenizer."""
+    import flax
+    import orbax.checkpoint
+
+    description = {
+        "config": config_lib.to_dict(config),
+        "prompts": {"query": config.data.query_prompt, "document": config.data.document_prompt},
+        "versions": {m.__name__: m.__version__ for m in (jax, flax, np, orbax.checkpoint)},
+    }
+    (root / TOKENIZER).write_bytes(tokenizer.model_bytes)
+    partial = root / (DESCRIPTION + ".partial")
+    partial.write_text(json.dumps(description, indent=1) + "\n")
+    partial.replace(root / DESCRIPTION)

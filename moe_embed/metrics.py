@@ -1,0 +1,95 @@
+"""What a run writes down: metrics.jsonl (a row a step), and a progress bar for whoever is watching."""
+
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+import tqdm
+
+SHOWN = {"loss": "loss", "accuracy": "acc", "ndcg": "dev nDCG@10", "tokens_per_second": "tok/s"}
+
+
+def scalars(metrics: dict) -> dict[str, float]:
+    """Device metrics -> floats by name; `router_load_RE` becomes router_load/<layer>/<expert>, mixture layers from 0."""
+    row = {}
+    for name, value in metrics.items():
+        value = np.asarray(value)
+        if value.ndim == 0:
+            row[name] = float(value)
+        else:
+            stem = name.rpartition("_")[0]
+            for index in np.ndindex(value.shape):
+                row["/".join((stem, *map(str, index)))] = float(value[index])
+    return row
+
+
+class Writer:
+    """Appends rows to metrics.jsonl and draws the bar. Rows at or after `first_step` of an earlier try are dropped."""
+
+    def __init__(self, workdir: pathlib.Path, *, first_step: int, last_step: int):
+        self.path = workdir / "metrics.jsonl"
+        self.evaluations = workdir / "evaluations.jsonl"
+        _keep(self.path, first_step - 1)
+        _keep(self.evaluations, first_step)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+        self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout,
+                              mininterval=0.5 if sys.stdout.isatty() else 15.0)  # fmt: skip
+        self._shown: dict[str, str] = {}
+        self._last = time.perf_counter()
+
+    def step(self, step: int, row: dict[str, float]) -> None:
+        """Write the row of a finished step; adds seconds and useful tokens a second."""
+        now = time.perf_counter()
+        row = {"step": step, **row, "seconds": now - self._last}
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]
+        self._last = now
+        self._file.write(json.dumps(row) + "\n")
+        self._show(row)
+        self._bar.update()
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Write held-out figures, as a row of their own after a step's."""
+        with open(self.evaluations, "a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._show(figures)
+        self._last = time.perf_counter()
+
+    def say(self, sentence: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(sentence, file=sys.stdout)
+
+    def close(self) -> None:
+        """Finish the bar and the file."""
+        self._bar.close()
+        self._file.close()
+
+    def _show(self, row: dict[str, float]) -> None:
+        for name, label in SHOWN.items():
+            if name in row:
+                digits = ",.0f" if name == "tokens_per_second" else ".3f"
+                self._shown[label] = format(row[name], digits)
+        self._bar.set_postfix(self._shown, refresh=False)
+
+
+def _keep(path: pathlib.Path, last_step: int) -> None:
+    """Drop the rows after `last_step`: they will be written again."""
+    if not path.is_file():
+        return
+    kept = [row for row in read(path) if row["step"] <= last_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.replace(path)
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The rows of a .jsonl file, none if there is no file; a last line cut short by a crash is left out."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,107 @@
+"""The dense parts of the encoder: embedding, norm, rotary attention over packed rows, MLP, pooling.
+
+Rows are packed: `segments_BL` numbers the texts of a row from 1, 0 is padding; positions restart at each text and
+attention stays inside one. Parameters are float32; products run in the dtype of the activation they meet.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_embed import config as config_lib
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
+    """A weight drawn from N(0, 1 / fan_in): unit variance in, unit variance out, at any width."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
+
+
+class Norm(nnx.Module):
+    """LayerNorm in float32."""
+
+    def __init__(self, dim: int, *, epsilon: float):
+        self.scale_D = nnx.Param(jnp.ones(dim, jnp.float32))
+        self.bias_D = nnx.Param(jnp.zeros(dim, jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        x = x_BLD.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * self.scale_D[...] + self.bias_D[...]).astype(x_BLD.dtype)
+
+
+class Embedding(nnx.Module):
+    """Piece plus token type 0, normalised. Positions enter in the attention."""
+
+    def __init__(self, c: config_lib.Encoder, *, rngs: nnx.Rngs):
+        self.word_VD = nnx.Param(jax.random.normal(rngs.params(), (c.vocab_size, c.dim), jnp.float32) * 0.02)
+        self.type_YD = nnx.Param(jnp.zeros((c.num_token_types, c.dim), jnp.float32))
+        self.norm = Norm(c.dim, epsilon=c.norm_epsilon)
+        self.dtype = c.dtype
+
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        x_BLD = self.word_VD[...][tokens_BL] + self.type_YD[...][0]
+        return self.norm(x_BLD).astype(self.dtype)
+
+
+def rotary_angles(positions_BL: jax.Array, *, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, L, 1, K/2] of position * base^(-2i/K) (RoFormer, arXiv 2104.09864)."""
+    inverse = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions_BL[..., None, None].astype(jnp.float32) * inverse
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BLHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pairs (i, i + K/2) of each head: the half-split layout of the released weights, not the interleaved."""
+    a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
+
+
+class Attention(nnx.Module):
+    """Bidirectional self-attention inside each segment; fused q, k, v with biases."""
+
+    def __init__(self, c: config_lib.Encoder, *, rngs: nnx.Rngs):
+        head_dim = c.dim // c.num_heads
+        self.w_qkv_DGHK = matrix(rngs, (c.dim, 3, c.num_heads, head_dim), fan_in=c.dim)
+        self.b_qkv_GHK = nnx.Param(jnp.zeros((3, c.num_heads, head_dim), jnp.float32))
+        self.w_out_HKD = matrix(rngs, (c.num_heads, head_dim, c.dim), fan_in=c.dim)
+        self.b_out_D = nnx.Param(jnp.zeros(c.dim, jnp.float32))
+
+    def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array, angles) -> jax.Array:
+        dtype = x_BLD.dtype
+        qkv_GBLHK = jnp.einsum("BLD,DGHK->GBLHK", x_BLD, self.w_qkv_DGHK[...].astype(dtype))
+        q_BLHK, k_BJHK, v_BJHK = qkv_GBLHK + self.b_qkv_GHK[...].astype(dtype)[:, None, None]
+        q_BLHK, k_BJHK = rotate(q_BLHK, *angles), rotate(k_BJHK, *angles)
+        scores_BHLJ = jnp.einsum("BLHK,BJHK->BHLJ", q_BLHK, k_BJHK, preferred_element_type=jnp.float32)
+        same_BLJ = segments_BL[:, :, None] == segments_BL[:, None, :]  # padding attends to padding: finite, unused
+        scores_BHLJ = jnp.where(same_BLJ[:, None], scores_BHLJ * q_BLHK.shape[-1] ** -0.5, -1e30)
+        weights_BHLJ = jax.nn.softmax(scores_BHLJ, axis=-1).astype(dtype)
+        mixed_BLHK = jnp.einsum("BHLJ,BJHK->BLHK", weights_BHLJ, v_BJHK)
+        out_BLD = jnp.einsum("BLHK,HKD->BLD", mixed_BLHK, self.w_out_HKD[...].astype(dtype))
+        return out_BLD + self.b_out_D[...].astype(dtype)
+
+
+class Mlp(nnx.Module):
+    """up, exact GELU (erf, as the released weights were trained with), down."""
+
+    def __init__(self, c: config_lib.Encoder, *, rngs: nnx.Rngs):
+        self.w_up_DF = matrix(rngs, (c.dim, c.ffn_dim), fan_in=c.dim)
+        self.b_up_F = nnx.Param(jnp.zeros(c.ffn_dim, jnp.float32))
+        self.w_down_FD = matrix(rngs, (c.ffn_dim, c.dim), fan_in=c.ffn_dim)
+        self.b_down_D = nnx.Param(jnp.zeros(c.dim, jnp.float32))
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        dtype = x_BLD.dtype
+        up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, self.w_up_DF[...].astype(dtype)) + self.b_up_F[...].astype(dtype)
+        up_BLF = jax.nn.gelu(up_BLF, approximate=False)
+        down_BLD = jnp.einsum("BLF,FD->BLD", up_BLF, self.w_down_FD[...].astype(dtype))
+        return down_BLD + self.b_down_D[...].astype(dtype)
+
+
+def mean_pool(hidden_BLD: jax.Array, segments_BL: jax.Array, *, num_segments: int) -> jax.Array:
+    """Mean over each text's tokens, prompt and special tokens included -> [B, S, D] float32; empty slots are zero."""
+    member_BLS = segments_BL[..., None] == jnp.arange(1, num_segments + 1)
+    sum_BSD = jnp.einsum("BLS,BLD->BSD", member_BLS.astype(jnp.float32), hidden_BLD.astype(jnp.float32),
+                         precision=jax.lax.Precision.HIGHEST)  # fmt: skip
+    return sum_BSD / jnp.maximum(member_BLS.sum(1), 1)[..., None]

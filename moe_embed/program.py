@@ -1,0 +1,114 @@
+"""The seam: `build(config, mesh)` is the only place where model, loss, optimiser and shardings meet.
+
+The train loop, the planner, `embed` and the tests all run what is built here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import shard_map
+
+from moe_embed import config as config_lib
+from moe_embed import objectives, optim, sharding
+from moe_embed.model import encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything a run executes on its mesh."""
+
+    config: config_lib.Config
+    mesh: jax.sharding.Mesh
+    abstract_state: dict  # of jax.ShapeDtypeStruct with shardings: what a checkpoint is restored into
+    init: Callable[[], dict]  # a fresh state {"step", "params", "optimizer"} from run.seed
+    step: Callable[[dict, dict], tuple[dict, dict]]  # (state, batch) -> (state, metrics); the state is donated
+    loss_and_gradients: Callable[[dict, dict], tuple]  # (params, batch) -> ((loss, metrics), gradients), for tests
+
+
+def build(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Program:
+    """Config and mesh -> Program. Nothing is compiled yet. UserError if the mesh does not divide the batch or a dim."""
+    if config.data.batch_size % mesh.size:
+        below = config.data.batch_size // mesh.size * mesh.size
+        raise config_lib.UserError(
+            f"config.data.batch_size={config.data.batch_size} is not divisible by the mesh's {mesh.size} devices "
+            f"({' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}); nearest: "
+            f"{', '.join(str(n) for n in (below, below + mesh.size) if n)}."
+        )
+    optimizer = optim.make(config.optim, steps=config.run.steps)
+
+    def init() -> dict:
+        params = encoder.init(config.encoder, config.moe, key=jax.random.key(config.run.seed))
+        return {"step": jnp.zeros((), jnp.int32), "params": params, "optimizer": optimizer.init(params)}
+
+    abstract = jax.eval_shape(init)
+    try:
+        shardings = {
+            "step": sharding.shardings(abstract["step"], column="parameter", mesh=mesh),
+            "params": sharding.shardings(abstract["params"], column="parameter", mesh=mesh),
+            "optimizer": sharding.shardings(abstract["optimizer"], column="optimizer", mesh=mesh),
+        }
+    except ValueError as error:
+        raise config_lib.UserError(str(error)) from error
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    param_specs = sharding.specs(abstract["params"], column="parameter")
+
+    def local_loss_and_gradients(params: dict, batch: dict):
+        def loss(params):
+            return objectives.contrastive(sharding.vary_parameters(params), batch, config=config)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def loss_and_gradients(params: dict, batch: dict):
+        return shard_map(
+            local_loss_and_gradients,
+            mesh=mesh,
+            in_specs=(param_specs, sharding.specs(batch, column="activation")),
+            out_specs=((sharding.EVERYWHERE, sharding.EVERYWHERE), param_specs),
+        )(params, batch)
+
+    def step(state: dict, batch: dict):
+        (loss, metrics), gradients = loss_and_gradients(state["params"], batch)
+        gradients = sharding.constrain(gradients, column="optimizer", mesh=mesh)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics |= {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": optim.schedule(config.optim, steps=config.run.steps)(state["step"]),
+        }
+        return {"step": state["step"] + 1, "params": params, "optimizer": optimizer_state}, metrics
+
+    return Program(
+        config=config,
+        mesh=mesh,
+        abstract_state=abstract,
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        loss_and_gradients=jax.jit(loss_and_gradients),
+    )
+
+
+@functools.cache
+def build_embed(c: config_lib.Encoder, moe: config_lib.Moe, mesh: jax.sharding.Mesh, *, num_segments: int) -> Callable:
+    """(params, rows) -> (pooled_MBSD float32 not normalised, RouterSums [R, E] global or None), compiled for `mesh`.
+
+    `rows` holds tokens_MBL, segments_MBL and positions_MBL. Needs no optimiser and no data config: an exported folder
+    has neither.
+    """
+
+    def local(params: dict, rows: dict):
+        params = sharding.vary_parameters(params)
+        pooled_MBSD, sums = objectives.encode(params, rows, c=c, moe=moe, num_segments=num_segments, recompute=False)
+        return pooled_MBSD, sharding.reduce(sums, "B") if sums is not None else None
+
+    @jax.jit
+    def embed(params: dict, rows: dict):
+        specs = sharding.specs(params, column="parameter"), sharding.specs(rows, column="activation")
+        out_specs = sharding.spec("pooled_MBSD", column="activation"), sharding.EVERYWHERE
+        return shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(params, rows)
+
+    return embed

@@ -1,0 +1,215 @@
+"""The mesh, the one typed rule table, and collectives spelled by letter.
+
+The only file that names a mesh axis. An array's name ends in its dims (`w_up_EDF`, `x_BLD`); a rule per letter says
+over which mesh axes that dim is split, as an activation, as a parameter and as optimiser state. Whatever the table
+does not know is an error that names parameter, shape, rule and mesh: nothing is ever replicated in silence.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moe_embed import config as config_lib
+
+AXES = ("data", "expert")
+Column = Literal["activation", "parameter", "optimizer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Mesh axes that split a dim, by what kind of array it stands in."""
+
+    activation: tuple[str, ...] = ()
+    parameter: tuple[str, ...] = ()
+    optimizer: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """One field per letter of the legend (moe_embed/__init__.py)."""
+
+    B: Rule = Rule(activation=AXES)
+    N: Rule = Rule(activation=AXES)
+    E: Rule = Rule(activation=("expert",), parameter=("expert",), optimizer=("expert",))
+    D: Rule = Rule(optimizer=("data",))  # ZeRO: AdamW's moments are split over data (arXiv 1910.02054)
+    A: Rule = Rule()
+    C: Rule = Rule()
+    F: Rule = Rule()
+    G: Rule = Rule()
+    H: Rule = Rule()
+    J: Rule = Rule()
+    K: Rule = Rule()
+    L: Rule = Rule()
+    M: Rule = Rule()
+    R: Rule = Rule()
+    S: Rule = Rule()
+    T: Rule = Rule()
+    V: Rule = Rule()
+    X: Rule = Rule()
+    Y: Rule = Rule()
+
+
+RULES = Rules()
+EVERYWHERE = PartitionSpec()  # one value, the same on every device: losses and metrics
+
+
+def make_mesh(config: config_lib.Mesh, *, devices=None) -> jax.sharding.Mesh:
+    """A mesh (data, expert) over `devices` (all of them by default); -1 takes what is left. UserError if it does not fit."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed:
+        raise config_lib.UserError(
+            f"config.mesh is data={config.data} x expert={config.expert}, which does not divide the "
+            f"{len(devices)} devices; choose sizes whose product is {len(devices)}, or -1 for one of them."
+        )
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    count = math.prod(sizes.values())
+    if count != len(devices):
+        raise config_lib.UserError(
+            f"config.mesh uses {count} of {len(devices)} devices (data={sizes['data']} x expert={sizes['expert']}); "
+            f"set config.mesh.data=-1 to use them all, or hide the others."
+        )
+    # Auto axis types: Explicit, the default, refuses gathers, sorts and cumsums over a sharded dim.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def letters(name: str) -> str:
+    """The dims at the end of an array's name: "w_up_EDF" -> "EDF"; "loss" (a scalar) -> "". ValueError if unknown."""
+    _, underscore, dims = name.rpartition("_")
+    if not underscore or not dims.isupper():
+        raise ValueError(f"the array {name!r} must end in its dims, as in w_up_EDF")
+    unknown = [letter for letter in dims if not hasattr(RULES, letter)]
+    if unknown:
+        raise ValueError(f"the array {name!r} ends in {dims}, but {unknown[0]} is no letter of the legend")
+    return dims
+
+
+def spec(name: str, *, column: Column, shape: tuple[int, ...] | None = None, mesh=None) -> PartitionSpec:
+    """The partition of the array called `name`. With `shape` and `mesh`, also checks rank and divisibility.
+
+    ValueError names array, shape, rule and mesh for an unknown letter, a wrong rank, two letters on one mesh axis, or
+    a dim that its mesh axes do not divide.
+    """
+    dims = letters(name)
+    entries = [getattr(getattr(RULES, letter), column) for letter in dims]
+    used = [axis for entry in entries for axis in entry]
+    if len(set(used)) != len(used):
+        raise ValueError(f"{name}: two of its dims are split over one mesh axis ({column} rules {entries})")
+    if shape is not None:
+        if len(shape) != len(dims):
+            raise ValueError(f"{name} has shape {shape}, but its name says {len(dims)} dims")
+        for letter, size, entry in zip(dims, shape, entries, strict=True):
+            parts = math.prod(mesh.shape[axis] for axis in entry)
+            if size % parts:
+                raise ValueError(
+                    f"{name} has shape {shape}: dim {letter}={size} is not divisible by {parts}, the size of "
+                    f"{' x '.join(entry)} in the mesh {dict(mesh.shape)} ({column} rule)"
+                )
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def specs(tree, *, column: Column, mesh=None):
+    """A PartitionSpec for each array of a nested dict, from the last name on its path; scalars are whole everywhere.
+
+    With `mesh`, checked against the arrays' shapes.
+    """
+
+    def of(path, leaf):
+        if leaf.ndim == 0:
+            return PartitionSpec()
+        return spec(_last_name(path), column=column, shape=leaf.shape if mesh else None, mesh=mesh)
+
+    return jax.tree.map_with_path(of, tree)
+
+
+def shardings(tree, *, column: Column, mesh):
+    """A NamedSharding for each array of a nested dict of named arrays (optimiser states hold such dicts)."""
+    partition = specs(tree, column=column, mesh=mesh)
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), partition, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def constrain(tree, *, column: Column, mesh):
+    """Ask the compiler to lay the named arrays of `tree` out by `column`: for code outside of shard_map."""
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, column=column, mesh=mesh))
+
+
+def put_batch(batch: dict[str, np.ndarray], *, mesh) -> dict[str, jax.Array]:
+    """This process's part of a batch (named host arrays) -> global arrays split over the mesh."""
+
+    def put(name: str, array: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, spec(name, column="activation"))
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return {name: put(name, array) for name, array in batch.items()}
+
+
+def _last_name(path) -> str:
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    if not names:
+        raise ValueError(f"the array at {jax.tree_util.keystr(path)} has no name to read its dims from")
+    return names[-1]
+
+
+# Inside shard_map arrays are local, and collectives are asked for by letter. Outside of one (a notebook, one device)
+# there is nothing to talk to and each of these is the identity.
+
+
+def _axes(letter: str) -> tuple[str, ...]:
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in getattr(RULES, letter).activation if axis in manual)
+
+
+def _split(letter: str) -> tuple[str, ...]:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in _axes(letter) if sizes[axis] > 1)
+
+
+def gather(x: jax.Array, letter: str) -> jax.Array:
+    """Concatenate every device's rows along dim 0, over the mesh axes that split `letter`."""
+    axes = _split(letter)
+    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
+
+
+def scatter(x: jax.Array, letter: str) -> jax.Array:
+    """Sum over devices, each keeping its own rows of dim 0: the inverse of `gather` for partial results."""
+    axes = _split(letter)
+    return jax.lax.psum_scatter(x, axes, tiled=True) if axes else x
+
+
+def reduce(tree, letter: str):
+    """Sum over the devices that split `letter`."""
+    axes = _axes(letter)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def index(letter: str):
+    """Which part of `letter` this device holds, counted from 0."""
+    axes = _axes(letter)
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def vary(x: jax.Array) -> jax.Array:
+    """Mark a fresh constant as differing between devices, as a loop's initial value must when its body's results do."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def vary_parameters(params: dict) -> dict:
+    """Mark each parameter as differing between devices, once, before any loop.
+
+    The transpose of this cast is the gradient's sum over devices: standing before the micro-batch loop, it runs once a
+    step, after it (left to shard_map's default it runs in every iteration).
+    """
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+
+    def cast(path, leaf):
+        split = {axis for letter in letters(_last_name(path)) for axis in getattr(RULES, letter).parameter}
+        missing = tuple(axis for axis in axes if axis not in split)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map_with_path(cast, params)

@@ -1,0 +1,186 @@
+"""Train an encoder; run the same command again to continue.
+
+    python -m moe_embed.train --config=configs/demo.py --workdir=runs/demo
+    python -m moe_embed.train --config=configs/demo.py:tiny --workdir=runs/tiny --config.optim.learning_rate=1e-3
+
+The workdir describes itself: workdir.json (config, prompts, versions), tokenizer.model, metrics.jsonl, evaluations.jsonl,
+checkpoints/<step>. MLM, pretraining and finetuning are this one loop with another config.
+"""
+
+import argparse
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from moe_embed import checkpoint, metrics, program, retrieval, sharding
+from moe_embed import config as config_lib
+from moe_embed.config import Config, UserError
+from moe_embed.data import batches as batches_lib
+from moe_embed.data import sources as sources_lib
+from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.load import DESCRIPTION, Model, read_description, write_description
+
+MAY_CHANGE = ("mesh.", "run.eval_every", "run.save_every", "run.keep", "run.recompute", "data.dev", "data.rows")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m moe_embed.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a config file, as in configs/demo.py or configs/demo.py:tiny")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="made if absent, continued if not")
+    arguments, overrides = parser.parse_known_args(argv)
+    train(config_lib.load(arguments.config, overrides), workdir=arguments.workdir)
+
+
+def train(config: Config, *, workdir: pathlib.Path) -> None:
+    """Run `config` to its last step in `workdir`, from the newest verified checkpoint if there is one."""
+    mesh = sharding.make_mesh(config.mesh)
+    prog = program.build(config, mesh)
+    batches, tokenizer = open_data(config, num_shards=mesh.size)
+    tasks = [sources_lib.read_task(folder, split="dev") for folder in config.data.dev]
+    say_what_will_run(config, prog, batches)
+    prepare_workdir(config, workdir, tokenizer)
+    checkpoints = workdir / "checkpoints"
+
+    first = checkpoint.newest_verified(checkpoints, say=print)
+    if first is None:
+        state, first = prog.init(), 0
+    else:
+        check_fingerprint(checkpoint.facts(checkpoints, first), batches.fingerprint, workdir)
+        if first >= config.run.steps:
+            print(f"{workdir} is finished: step {first} of {config.run.steps}, verified. Nothing to do.")
+            return
+        print(f"continuing {workdir} from step {first} of {config.run.steps}.")
+        state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
+
+    writer = metrics.Writer(workdir, first_step=first, last_step=config.run.steps)
+    started = time.perf_counter()
+    step_of_size = {}  # compiled, by the number of micro-batches
+    unwritten = None  # the step before: its metrics are fetched while the device runs this one
+    for step, batch in enumerate(batches.iterate(first, config.run.steps), start=first):
+        arrays = sharding.put_batch(batch.arrays, mesh=mesh)
+        num_micro = batch.arrays["tokens_MBL"].shape[0]
+        if num_micro not in step_of_size:
+            writer.say(f"compiling the train step for {num_micro} micro-batches ...")
+            start = time.perf_counter()
+            step_of_size[num_micro] = prog.step.lower(state, arrays).compile()
+            writer.say(f"compiled in {time.perf_counter() - start:.1f} s.")
+        state, device_metrics = step_of_size[num_micro](state, arrays)
+        if unwritten is not None:
+            write_row(writer, *unwritten)
+        unwritten = step, device_metrics, batch
+        done = step + 1
+        if done == config.run.steps or done % config.run.save_every == 0:
+            write_row(writer, *unwritten)
+            unwritten = None
+            checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
+        if tasks and config.run.eval_every and (done == config.run.steps or done % config.run.eval_every == 0):
+            model = Model(config.encoder, config.moe, state["params"], tokenizer, prompts(config), mesh, "training")
+            writer.evaluation(done, evaluate(model, tasks))
+    writer.close()
+    print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
+
+
+def open_data(config: Config, *, num_shards: int) -> tuple[batches_lib.Batches, tokenizer_lib.Tokenizer]:
+    """Read the tokenizer and every source, and choose the shapes of the batches."""
+    tokenizer = tokenizer_lib.read(config.data.tokenizer)
+    sources = [
+        sources_lib.read_source(path, query=config.data.query, document=config.data.document)
+        for path in config.data.sources
+    ]
+    return batches_lib.Batches(sources, tokenizer, config, num_shards=num_shards), tokenizer
+
+
+def prompts(config: Config) -> dict[str, str]:
+    """What goes in front of a text, by the name of the task."""
+    return {"query": config.data.query_prompt, "document": config.data.document_prompt}
+
+
+def say_what_will_run(config: Config, prog: program.Program, batches: batches_lib.Batches) -> None:
+    """A few lines a person reads before the bar starts: devices, parameters, data."""
+    total, active = count_parameters(prog.abstract_state["params"], config)
+    mesh = " x ".join(f"{axis}={size}" for axis, size in prog.mesh.shape.items())
+    pairs = sum(batches.mixture.sizes)
+    print(
+        f"devices     {prog.mesh.size} x {prog.mesh.devices.flat[0].device_kind}, mesh {mesh}, {config.encoder.dtype}"
+    )
+    print(f"parameters  {total:,}, of which a token uses {active:,}")
+    print(f"data        {pairs:,} pairs in {len(batches.sources)} sources; {config.data.batch_size} pairs a step, "
+          f"{config.run.steps} steps = {config.run.steps * config.data.batch_size / pairs:.2f} epochs")  # fmt: skip
+    print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
+
+
+def count_parameters(params: dict, config: Config) -> tuple[int, int]:
+    """All parameters, and those that take part for one token: without the experts it does not visit."""
+    total = active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total += leaf.size
+        is_expert = "E" in sharding.letters(path[-1].key) and "F" in sharding.letters(path[-1].key)
+        active += leaf.size * config.moe.top_k // config.moe.num_experts if is_expert else leaf.size
+    return total, active
+
+
+def prepare_workdir(config: Config, workdir: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
+    """Make or recognise the workdir. UserError if it cannot be written or belongs to another config."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if (workdir / DESCRIPTION).is_file():
+            before, _ = read_description(workdir)
+            refuse_changes(before, config, workdir)
+        write_description(workdir, config, tokenizer)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
+
+
+def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
+    """A run continues only under the config it began with; the mesh, and how often it saves or evaluates, may change."""
+    old, new = config_lib.to_dict(before), config_lib.to_dict(now)
+    changed = [f"{s}.{k}" for s in new for k in new[s] if old[s][k] != new[s][k]]
+    refused = [name for name in changed if not name.startswith(MAY_CHANGE)]
+    if refused:
+        value = lambda tree, name: tree[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
+        raise UserError(*(
+            f"{workdir} was trained with config.{name}={value(old, name)!r}, not {value(new, name)!r}; "
+            f"give another --workdir, or the old value." for name in refused
+        ))  # fmt: skip
+
+
+def check_fingerprint(saved: dict, now: dict, workdir: pathlib.Path) -> None:
+    """The data a run continues with is the data it began with."""
+    for name in now:
+        if saved[name] != now[name]:
+            raise UserError(
+                f"the data of {workdir} changed: {name} was {saved[name]}, is {now[name]}; use another --workdir."
+            )
+
+
+def write_row(writer: metrics.Writer, step: int, device_metrics: dict, batch: batches_lib.Batch) -> None:
+    """Fetch a finished step's metrics and write them. UserError if its loss is not finite."""
+    row = metrics.scalars(device_metrics)
+    if not np.isfinite(row["loss"]):
+        raise UserError(
+            f"the loss of step {step} is {row['loss']} (batch from {batch.source}); lower the learning rate."
+        )
+    row |= {"useful": batch.useful, "cut_queries": batch.cut_queries, "cut_documents": batch.cut_documents}
+    writer.step(step, row)
+
+
+def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float]:
+    """nDCG@10 on the dev tasks: {"ndcg": mean, "ndcg/<task>": ...}. A corpus shared by tasks is encoded once."""
+    figures, known = {}, {}
+    for task in tasks:
+        key = hash(tuple(task.corpus.values()))
+        if key not in known:
+            known[key] = model.encode(list(task.corpus.values()), task="document")
+        query_ND = model.encode(list(task.queries.values()), task="query")
+        found = retrieval.run_of(task, query_ND, known[key])
+        figures[f"ndcg/{task.name}"] = retrieval.measure(task, found)["ndcg@10"]
+    return {"ndcg": float(np.mean(list(figures.values()))), **figures}
+
+
+if __name__ == "__main__":
+    config_lib.run_verb(main)

@@ -1,0 +1,199 @@
+"""Packed rows: nothing overlaps, nothing is lost, and every text can be read back through its slot."""
+
+import dataclasses
+import pathlib
+import zlib
+
+import numpy as np
+import pytest
+
+from moe_embed import config as config_lib
+from moe_embed.config import UserError
+from moe_embed.data import batches as batches_lib
+from moe_embed.data import sources as sources_lib
+from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.data.sources import Pair, Source
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "moe_embed" / "sample"
+WORDS = ["insert", "table", "page", "margin", "die", "Seite", "ändern", "Formel", "Zelle", "ページ", "余白", "документ"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_lib.read(SAMPLE / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def crosslingual():
+    return sources_lib.read_source(str(SAMPLE / "pairs" / "crosslingual.jsonl.gz"))
+
+
+def config(*, steps=12, **data) -> config_lib.Config:
+    base = config_lib.load(f"{ROOT / 'configs' / 'demo.py'}:tiny")
+    data = {"batch_size": 16, "weights": (), "sources": ("a",), "rows": 2, "row_length": 64, "texts_per_row": 6} | data
+    run = dataclasses.replace(base.run, steps=steps)
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, **data), run=run)
+
+
+def some_source(name="a", *, size=40, longest=30, negatives=0, seed=0) -> Source:
+    rng = np.random.default_rng(seed)
+    text = lambda i: " ".join([name, str(i), *rng.choice(WORDS, rng.integers(1, longest))])  # noqa: E731
+    pairs = [Pair(text(i), text(i), tuple(text(i) for _ in range(i % (negatives + 1)))) for i in range(size)]
+    return Source(path=f"folder/{name}.jsonl", pairs=pairs, digest=zlib.crc32(name.encode()))
+
+
+def read_back(batch, c: config_lib.Data, slot: int, shard: int) -> tuple[list[int], list[int]]:
+    """Tokens and positions of the text in one shard's slot."""
+    row, segment = divmod(int(slot), c.texts_per_row)
+    place = row // c.rows, shard * c.rows + row % c.rows
+    inside = batch.arrays["segments_MBL"][place] == segment + 1
+    return batch.arrays["tokens_MBL"][place][inside].tolist(), batch.arrays["positions_MBL"][place][inside].tolist()
+
+
+def assert_holds_its_texts(made: batches_lib.Batches, step: int) -> None:
+    """Tokenise the pairs of a step again, and find exactly these texts, each in its slot, and nothing else."""
+    c, batch, shards = made.c, made.batch_at(step), made.num_shards
+    source, indices = made.mixture.batch_at(step)
+    pairs = [made.sources[source].pairs[i] for i in indices]
+    documents = []
+    for pair in pairs:
+        some = [pair.document, *pair.negatives[: c.num_negatives]]
+        documents += some + [pair.document] * (1 + c.num_negatives - len(some))
+    total = 0
+    queries = [pair.query for pair in pairs]
+    for texts, prompt, cap, name in ((queries, c.query_prompt, c.query_length, "query_slot_N"),
+                                     (documents, c.document_prompt, c.document_length, "document_slot_N")):  # fmt: skip
+        ids, _ = made.tokenizer.encode(texts, prompt=prompt, max_length=cap)
+        slots = batch.arrays[name]
+        assert slots.shape == (len(texts),)
+        for n, (expected, slot) in enumerate(zip(ids, slots, strict=True)):
+            found = read_back(batch, c, slot, n // (len(texts) // shards))
+            assert found == (expected.tolist(), list(range(len(expected))))
+        total += sum(map(len, ids))
+    real = batch.arrays["segments_MBL"] > 0
+    assert real.sum() == total  # nothing beside the texts
+    assert np.all(batch.arrays["tokens_MBL"][~real] == tokenizer_lib.PAD)
+    assert batch.useful == pytest.approx(real.mean())
+
+
+@pytest.mark.parametrize(("row_length", "texts_per_row", "longest"), [(64, 16, 64), (50, 3, 20), (512, 16, 256)])
+def test_pack_against_a_naive_check(row_length, texts_per_row, longest):
+    lengths = np.random.default_rng(0).integers(1, longest + 1, 300)
+    packed = batches_lib.pack(lengths, row_length=row_length, texts_per_row=texts_per_row)
+    taken = np.zeros((packed.num_rows, row_length), int)
+    for length, row, start in zip(lengths, packed.row_N, packed.start_N, strict=True):
+        assert start + length <= row_length
+        taken[row, start : start + length] += 1
+    assert taken.max() == 1
+    for row in range(packed.num_rows):
+        segments = sorted(packed.segment_N[packed.row_N == row].tolist())
+        assert segments == list(range(len(segments)))
+        assert 1 <= len(segments) <= texts_per_row
+    assert packed.num_rows >= -(-lengths.sum() // row_length)
+    again = batches_lib.pack(lengths.tolist(), row_length=row_length, texts_per_row=texts_per_row)
+    assert (packed.row_N.tolist(), packed.start_N.tolist()) == (again.row_N.tolist(), again.start_N.tolist())
+    other = batches_lib.pack(lengths[::-1], row_length=row_length, texts_per_row=texts_per_row)
+    assert not np.array_equal(packed.row_N, other.row_N)
+
+
+def test_pack_and_fill_rows_by_hand():
+    packed = batches_lib.pack([2, 5, 3, 6], row_length=8, texts_per_row=2)  # 6 + 2, 5 + 3
+    assert packed.num_rows == 2
+    assert packed.row_N.tolist() == [0, 1, 1, 0]
+    assert packed.start_N.tolist() == [6, 0, 5, 0]
+    assert packed.segment_N.tolist() == [1, 0, 1, 0]
+    ids = [np.arange(n) + 10 * (i + 1) for i, n in enumerate([2, 5, 3, 6])]
+    rows = batches_lib.fill_rows(ids, packed, num_rows=3, row_length=8)
+    pad = [tokenizer_lib.PAD] * 8
+    assert rows["tokens_BL"].tolist() == [[40, 41, 42, 43, 44, 45, 10, 11], [20, 21, 22, 23, 24, 30, 31, 32], pad]
+    assert rows["segments_BL"].tolist() == [[1] * 6 + [2] * 2, [1] * 5 + [2] * 3, [0] * 8]
+    assert rows["positions_BL"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2], [0] * 8]
+    assert all(array.dtype == np.int32 for array in rows.values())
+    assert batches_lib.pack([2, 5, 3, 6], row_length=8, texts_per_row=1).num_rows == 4
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+@pytest.mark.parametrize("num_negatives", [0, 2])
+def test_every_text_is_read_back_through_its_slot(tokenizer, num_shards, num_negatives):
+    c = config(num_negatives=num_negatives)
+    made = batches_lib.Batches([some_source(negatives=3)], tokenizer, c, num_shards=num_shards)
+    for step in range(6):
+        assert_holds_its_texts(made, step)
+        assert made.batch_at(step).arrays["tokens_MBL"].shape[1:] == (2 * num_shards, 64)
+    broken = made.batch_at(0)
+    broken.arrays["query_slot_N"] = np.roll(broken.arrays["query_slot_N"], 1)
+    made.batch_at = lambda step: broken
+    with pytest.raises(AssertionError):
+        assert_holds_its_texts(made, 0)
+
+
+def test_hard_negatives_and_missing_ones(tokenizer):
+    source, crc = some_source(negatives=3), batches_lib.document_id
+    made = batches_lib.Batches([source], tokenizer, config(num_negatives=2), num_shards=1)
+    expected = []
+    for pair in (source.pairs[i] for i in made.mixture.batch_at(0)[1]):
+        expected += ([crc(pair.document)] + [crc(text) for text in pair.negatives[:2]] + [-1, -1])[:3]
+    found = made.batch_at(0).arrays["document_id_N"]
+    assert found.tolist() == expected
+    assert (found.dtype, -1 in found) == (np.int32, True)
+    assert crc("a") == crc("a") == zlib.crc32(b"a") % 2**31 != crc("b")
+
+
+def test_sizes_are_at_most_three_and_the_smallest_that_holds_is_taken(tokenizer):
+    sources = [some_source("a", longest=6), some_source("b", longest=60, seed=1)]
+    made = batches_lib.Batches(sources, tokenizer, config(steps=30, weights=(0.7, 0.3)), num_shards=2)
+    assert 1 < len(made.sizes) <= 3
+    for step in range(30):
+        batch = made.batch_at(step)
+        num_micro = batch.arrays["tokens_MBL"].shape[0]
+        rows = max(int(batch.arrays[name].reshape(2, -1).max(1)[i]) // 6 + 1
+                   for name in ("query_slot_N", "document_slot_N") for i in range(2))  # fmt: skip
+        assert num_micro == min(size for size in made.sizes if size * 2 >= rows)
+        assert batch.source == sources[made.mixture.batch_at(step)[0]].path
+    assert len({made.batch_at(step).arrays["tokens_MBL"].shape[0] for step in range(30)}) > 1
+
+
+@pytest.mark.parametrize(("row_length", "texts_per_row"), [(64, 6), (127, 2), (200, 16), (200, 1)])
+def test_the_worst_case_fits(tokenizer, monkeypatch, row_length, texts_per_row):
+    monkeypatch.setattr(batches_lib, "SAMPLE", 1)  # only the first step is looked at: the short source's
+    sources = [some_source("a", longest=3), Source("b", [Pair("page " * 400, "page " * 400)] * 20, 1)]
+    c = config(weights=(0.9, 0.1), row_length=row_length, texts_per_row=texts_per_row)
+    made = batches_lib.Batches(sources, tokenizer, c, num_shards=2)
+    full = [step for step in range(12) if made.mixture.batch_at(step)[0] == 1]
+    assert full
+    assert 0 not in full
+    for step in full:
+        assert_holds_its_texts(made, step)
+        assert (made.batch_at(step).cut_queries, made.batch_at(step).cut_documents) == (16, 16)
+    assert made.batch_at(0).cut_queries == 0
+
+
+def test_rows_of_real_pairs_are_at_least_nine_tenths_useful(tokenizer, crosslingual):
+    c = config(batch_size=256, row_length=512, rows=4, texts_per_row=64)  # pairs are short: 22 texts fill a row
+    made = batches_lib.Batches([crosslingual], tokenizer, c, num_shards=1)
+    assert np.mean([made.batch_at(step).useful for step in range(12)]) >= 0.9
+    assert_holds_its_texts(made, 3)
+
+
+def test_iterate_is_batch_at_in_order(tokenizer):
+    made = batches_lib.Batches([some_source()], tokenizer, config(), num_shards=2)
+    found = list(made.iterate(3, 9))
+    assert len(found) == 6
+    for step, batch in enumerate(found, start=3):
+        assert batch.arrays.keys() == made.batch_at(step).arrays.keys()
+        assert all(np.array_equal(array, made.batch_at(step).arrays[name]) for name, array in batch.arrays.items())
+        assert not np.array_equal(batch.arrays["document_id_N"], made.batch_at(step - 1).arrays["document_id_N"])
+    assert not list(made.iterate(9, 9))
+
+
+def test_the_fingerprint_follows_the_data_and_a_small_vocabulary_is_refused(tokenizer):
+    make = lambda s, **data: batches_lib.Batches([s], tokenizer, config(steps=1, **data), num_shards=1).fingerprint  # noqa: E731
+    first = make(some_source())
+    assert first == make(dataclasses.replace(some_source(), path="elsewhere/a.jsonl"))
+    assert first["files"] == [["a.jsonl", 40, zlib.crc32(b"a")]]
+    other = make(dataclasses.replace(some_source(), digest=1))
+    assert first not in (other, make(some_source(), batch_size=8), make(some_source(size=41)))
+    c = dataclasses.replace(config(), encoder=dataclasses.replace(config().encoder, vocab_size=16_000))
+    with pytest.raises(UserError, match=r"16002 ids, .*vocab_size=16000; set it to 16064"):
+        batches_lib.Batches([some_source()], tokenizer, c, num_shards=1)

@@ -1,0 +1,168 @@
+"""Words, a ten-line BM25, the table, and metrics of a stand-in model whose vectors are known."""
+
+import json
+import math
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+from moe_embed import evaluate, retrieval
+from moe_embed.config import UserError
+from moe_embed.data.sources import Task
+
+TASKS = pathlib.Path(evaluate.__file__).parent / "sample" / "tasks"
+TEXTS = ["The cell, the table and the page", "Insert a table: a table has cells", "表を挿入する", "THE page", "margins"]
+CORPUS = {f"d{i}": text for i, text in enumerate(TEXTS)}
+QUERIES = {"a": "the table", "b": "page page insert", "c": "表の挿入", "d": "margins of unknown"}
+
+
+def task(queries=QUERIES, corpus=CORPUS, name="t", relevant="d1") -> Task:
+    return Task(name, corpus, queries, {query: {relevant: 1} for query in queries})
+
+
+def by_loop(queries: dict, corpus: dict, *, k1=0.9, b=0.4) -> dict:
+    """BM25 with Lucene's idf (Kamphuis et al., ECIR 2020)."""
+    documents = {name: evaluate.words(text) for name, text in corpus.items()}
+    mean = sum(map(len, documents.values())) / len(documents)
+    run = {}
+    for query, text in queries.items():
+        scores = dict.fromkeys(documents, 0.0)
+        for word in evaluate.words(text):
+            df = sum(word in document for document in documents.values())
+            for name, document in documents.items():
+                tf = document.count(word)
+                idf = math.log(1 + (len(documents) - df + 0.5) / (df + 0.5))
+                scores[name] += idf * tf / (tf + k1 * (1 - b + b * len(document) / mean))
+        run[query] = {name: score for name, score in scores.items() if score > 0}
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello, WORLD! it's 3.5", ["hello", "world", "it", "s", "3", "5"]),
+        ("Straße_1 Ärger", ["straße_1", "ärger"]),
+        ("как Изменить", ["как", "изменить"]),
+        ("表", ["表"]),
+        ("表を挿入", ["表を", "を挿", "挿入"]),
+        ("Excelの表", ["excel", "の表"]),
+        ("여백을 바꿔", ["여백", "백을", "바꿔"]),
+        ("", []),
+        (" ... ", []),
+    ],
+)
+def test_words(text, expected):
+    assert evaluate.words(text) == expected
+
+
+def test_bm25_against_a_loop():
+    run, expected = evaluate.bm25(task()), by_loop(QUERIES, CORPUS)
+    assert run.keys() == expected.keys()
+    for query in QUERIES:
+        assert expected[query]
+        assert run[query] == {name: pytest.approx(score, rel=1e-5) for name, score in expected[query].items()}
+    for other in (by_loop(QUERIES, CORPUS, k1=1.2), by_loop(QUERIES, CORPUS, b=0.75)):
+        assert run["a"] != {name: pytest.approx(score, rel=1e-5) for name, score in other["a"].items()}
+
+
+def test_bm25_keeps_the_first_hundred(monkeypatch):
+    monkeypatch.setattr(retrieval, "DEPTH", 1)
+    expected = by_loop(QUERIES, CORPUS)
+    assert {query: list(found) for query, found in evaluate.bm25(task()).items()} == {
+        query: [max(scores, key=scores.get)] for query, scores in expected.items()
+    }
+
+
+@pytest.mark.parametrize("relevant", list(CORPUS))
+def test_a_query_of_unknown_words_scores_nothing_whatever_is_relevant(relevant):
+    queries = {"x": "zzz qqq", "y": "..."}
+    some = task(queries, relevant=relevant)
+    assert retrieval.measure(some, evaluate.bm25(some)) == {"ndcg@10": 0.0, "recall@10": 0.0, "mrr@10": 0.0}
+
+
+def figures(ndcg: float, recall: float) -> dict:
+    return {"ndcg@10": ndcg, "recall@10": recall, "mrr@10": 0.0}
+
+
+def test_the_table_by_hand():
+    names = {"libreoffice-help-de": 0.5, "xling-libreoffice-help-de-en": 0.25, "xling-libreoffice-help-ja-en": 1.0}
+    systems = {"moe_embed": 1.0, "bm25": 0.5}
+    results = {s: {name: figures(x * scale, x) for name, x in names.items()} for s, scale in systems.items()}
+    for name in names:
+        results["moe_embed"][name]["dims"] = {"64": figures(names[name] / 5, 0.0)}
+    lines = evaluate.table(results).splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = {line.split()[0] if "mean" not in line else " ".join(line.split()[:2]): line.split() for line in lines}
+    assert lines[0].split() == ["moe_embed", "bm25"]
+    assert lines[1].split() == ["task", *["nDCG@10", "recall@10"] * 2]
+    assert cells["xling-libreoffice-help-de-en"][1:] == ["25.0", "25.0", "12.5", "25.0"]
+    assert cells["mean monolingual"][2:] == ["50.0", "50.0", "25.0", "50.0"]
+    assert cells["mean cross-lingual"][2:] == ["62.5", "62.5", "31.2", "62.5"]
+    assert cells["64"] == ["64", "11.7"]
+
+
+def test_the_table_of_all_shipped_tasks_fits():
+    names = [folder.name for folder in TASKS.iterdir() if folder.is_dir()]
+    assert len(names) > 5
+    text = evaluate.table({system: dict.fromkeys(names, figures(1.0, 1.0)) for system in ("moe_embed", "bm25")})
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(f"\n{name} " in text for name in names)
+
+
+def stand_in(prompts=("query", "document")):
+    """A model that gives each text a vector of its own, and remembers what it was asked."""
+    asked = []
+
+    def encode(texts, task=None, dim=None, max_length=None, *, progress=False):
+        asked.append((task, len(texts)))
+        x_ND = np.stack([np.random.default_rng(len(text) * 1000 + ord(text[0])).normal(size=12) for text in texts])
+        return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
+
+    return types.SimpleNamespace(encode=encode, prompts=dict.fromkeys(prompts, "x: "), asked=asked)
+
+
+def test_evaluate_against_a_ranking_by_hand_with_dims():
+    model, some = stand_in(), task()
+    found = evaluate.evaluate(model, [some], dims=[12, 3])["t"]
+    for dim, values in ((12, found), (12, found["dims"]["12"]), (3, found["dims"]["3"])):
+        ranks = []
+        cut_ND = model.encode(TEXTS)[:, :dim].astype(float)
+        cut = dict(zip(CORPUS, cut_ND / np.linalg.norm(cut_ND, axis=1, keepdims=True), strict=True))
+        for text in QUERIES.values():
+            query_D = model.encode([text])[0, :dim]
+            order = sorted(CORPUS, key=lambda name: -float(query_D @ cut[name]))
+            ranks.append(order.index("d1") + 1)
+        assert values["mrr@10"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
+        assert values["ndcg@10"] == pytest.approx(np.mean([1 / math.log2(rank + 1) for rank in ranks]))
+    assert found["dims"]["3"] != found["dims"]["12"]
+    assert "dims" not in evaluate.evaluate(model, [some])["t"]
+
+
+def test_prompts_are_used_where_the_model_has_them_and_a_shared_corpus_is_encoded_once():
+    other = {**CORPUS, "d5": "another"}
+    tasks = [task(name="a"), task(name="b"), task(name="c", corpus=other)]
+    model, bare = stand_in(), stand_in(prompts=())
+    assert list(evaluate.evaluate(model, tasks)) == ["a", "b", "c"]
+    evaluate.evaluate(bare, tasks[:1])
+    assert sorted(model.asked) == [("document", 5), ("document", 6), *[("query", 4)] * 3]
+    assert sorted(bare.asked) == [(None, 4), (None, 5)]
+
+
+def test_the_verb_writes_json_and_names_its_faults(tmp_path, monkeypatch, capsys):
+    name, output = "libreoffice-help-de", tmp_path / "r.json"
+    arguments = ["--model=m", f"--task={TASKS / name}", f"--output={output}"]
+    monkeypatch.setattr(evaluate, "load", lambda path: stand_in())
+    evaluate.main([*arguments, "--dims=8", "--baseline=bm25"])
+    results = json.loads(output.read_text())
+    assert list(results) == ["moe_embed", "bm25"]
+    assert results["moe_embed"][name].keys() == {"ndcg@10", "recall@10", "mrr@10", "dims"}
+    assert 0 <= results["moe_embed"][name]["dims"]["8"]["ndcg@10"] < results["bm25"][name]["ndcg@10"] <= 1
+    assert name in capsys.readouterr().out
+    evaluate.main(arguments)
+    assert list(json.loads(output.read_text())) == [name]
+    for fault, words in (("--dims=a", "--dims=a"), ("--dims=0", "--dims=0"), ("--dims=13", "13 numbers; .* have 12"),
+                         ("--split=dev", "dev"), ("--output=no/r.json", "no/r"), ("--task=x", "x")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            evaluate.main([*arguments, fault])

@@ -1,0 +1,80 @@
+"""The kernel against a loop over rows, values and gradients; a row's result does not depend on its neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_embed.model import grouped_matmul as gm
+
+E, D, F = 3, 16, 24
+
+
+def layout(counts):
+    """tile_expert, num_tiles, and for each used row its expert, -1 for padding, for groups of `counts` rows."""
+    tiles = [-(-count // gm.TILE) for count in counts]
+    total = gm.num_rows(sum(counts), num_experts=len(counts)) // gm.TILE
+    tile_expert = [e for e, n in enumerate(tiles) for _ in range(n)]
+    row_expert = []
+    for e, (count, n) in enumerate(zip(counts, tiles, strict=True)):
+        row_expert += [e] * count + [-1] * (n * gm.TILE - count)
+    row_expert += [-1] * (total * gm.TILE - len(row_expert))
+    padded = tile_expert + [0] * (total - len(tile_expert))
+    return jnp.array(padded), jnp.array(len(tile_expert)), np.array(row_expert)
+
+
+def example(counts, seed=0):
+    rng = np.random.default_rng(seed)
+    tile_expert, num_tiles, row_expert = layout(counts)
+    x = rng.normal(size=(len(row_expert), D)).astype(np.float32) * (row_expert >= 0)[:, None]
+    w = rng.normal(size=(len(counts), D, F)).astype(np.float32)
+    return jnp.array(x), jnp.array(w), tile_expert, num_tiles, row_expert
+
+
+def loop(x, w, row_expert):
+    y = np.zeros((len(x), F), np.float32)
+    for i, e in enumerate(row_expert):
+        if e >= 0:
+            y[i] = x[i] @ w[e]
+    return y
+
+
+@pytest.mark.parametrize("counts", [(5, 200, 130), (0, 0, 7), (128, 256, 0), (0, 0, 0)])
+def test_values_equal_a_loop_over_rows(counts):
+    x, w, tile_expert, num_tiles, row_expert = example(counts)
+    y = jax.jit(gm.grouped_matmul)(x, w, tile_expert, num_tiles)
+    np.testing.assert_allclose(y, loop(np.array(x), np.array(w), row_expert), atol=1e-5)
+
+
+def test_gradients_equal_those_of_the_loop():
+    x, w, tile_expert, num_tiles, row_expert = example((5, 200, 130))
+    cotangent = np.random.default_rng(1).normal(size=(len(x), F)).astype(np.float32) * (row_expert >= 0)[:, None]
+    _, pull = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, tile_expert, num_tiles), x, w)
+    dx, dw = pull(jnp.array(cotangent))
+    expected_dw = np.zeros(w.shape, np.float32)
+    for i, e in enumerate(row_expert):
+        if e >= 0:
+            expected_dw[e] += np.outer(x[i], cotangent[i])
+            np.testing.assert_allclose(dx[i], np.array(w[e]) @ cotangent[i], atol=1e-4)
+    np.testing.assert_allclose(dw, expected_dw, atol=1e-4)
+
+
+def test_another_expert_for_a_tile_is_noticed():
+    x, w, tile_expert, num_tiles, row_expert = example((5, 200, 130))
+    y = gm.grouped_matmul(x, w, tile_expert.at[0].set(1), num_tiles)
+    assert np.abs(np.array(y) - loop(np.array(x), np.array(w), row_expert)).max() > 0.1
+
+
+def test_a_row_is_bitwise_the_same_beside_other_rows():
+    x, w, tile_expert, num_tiles, _ = example((64, 200, 130))
+    other = x.at[1:].set(jax.random.normal(jax.random.key(7), x[1:].shape))
+    a = gm.grouped_matmul(x, w, tile_expert, num_tiles)[0]
+    b = gm.grouped_matmul(other, w, tile_expert, num_tiles)[0]
+    np.testing.assert_array_equal(a, b)
+
+
+def test_num_rows_holds_every_grouping():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        counts = rng.multinomial(rng.integers(0, 1500), rng.dirichlet(np.ones(8) * 0.3))
+        assert sum(-(-c // gm.TILE) for c in counts) * gm.TILE <= gm.num_rows(counts.sum(), num_experts=8)

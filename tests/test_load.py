@@ -1,0 +1,79 @@
+"""encode: rows in the caller's order, the same vector in any company, and clear refusals."""
+
+import jax
+import numpy as np
+import pytest
+
+from moe_embed import config as config_lib
+from moe_embed import load as load_function
+from moe_embed import sharding
+from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.load import Model, load
+from moe_embed.model import encoder
+
+TEXTS = [
+    "Tabelle",
+    "表を挿入する",
+    "a much longer text about inserting rows and columns into a table of a document " * 4,
+    "x y z",
+]
+
+
+@pytest.fixture(scope="module", params=[1, 8])
+def model(request):
+    c = config_lib.load("configs/demo.py:tiny")
+    mesh = sharding.make_mesh(config_lib.Mesh(), devices=jax.devices()[: request.param])
+    params = encoder.init(c.encoder, c.moe, key=jax.random.key(0))
+    params = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
+    tokenizer = tokenizer_lib.read(c.data.tokenizer)
+    return Model(c.encoder, c.moe, params, tokenizer, {"query": "search_query: "}, mesh, "test")
+
+
+def test_the_public_name_is_the_function():
+    assert load_function is load
+
+
+def test_vectors_are_in_order_of_unit_norm_and_independent_of_company(model):
+    together = model.encode(TEXTS * 9)
+    assert together.shape == (36, 32)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    for i, text in enumerate(TEXTS):
+        np.testing.assert_allclose(together[i::4], np.repeat(model.encode([text]), 9, 0), atol=1e-6)
+    assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_prompt_dim_and_length(model):
+    plain, query = model.encode(TEXTS), model.encode(TEXTS, task="query")
+    assert np.abs(plain - query).max() > 1e-3
+    np.testing.assert_allclose(query, model.encode([f"search_query: {text}" for text in TEXTS]), atol=1e-6)
+    short = model.encode(TEXTS, dim=8)
+    np.testing.assert_allclose(short, plain[:, :8] / np.linalg.norm(plain[:, :8], axis=1, keepdims=True), atol=1e-6)
+    cut = model.encode(TEXTS, max_length=8)
+    assert np.abs(cut[2] - plain[2]).max() > 1e-3
+    np.testing.assert_allclose(cut[3], plain[3], atol=1e-6)
+
+
+def test_nothing_in_nothing_out(model):
+    assert model.encode([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"texts": ["a", " "]}, "text 1 is empty"),
+        ({"texts": "abc"}, "a list of texts"),
+        ({"texts": ["a"], "task": "passage"}, "no prompt 'passage'"),
+        ({"texts": ["a"], "dim": 33}, "dim=33"),
+        ({"texts": ["a"], "max_length": 2}, "max_length=2"),
+        ({"texts": ["\ud800"]}, "text 0"),
+    ],
+)
+def test_refusals(model, arguments, words):
+    with pytest.raises(config_lib.UserError, match=words):
+        model.encode(**arguments)
+
+
+def test_no_model_no_checkpoint(tmp_path):
+    with pytest.raises(config_lib.UserError, match="holds no model"):
+        load(tmp_path)

@@ -1,0 +1,103 @@
+"""What a run writes down: a row a step, kept over a resume, readable after a crash."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_embed import metrics
+
+
+def write(workdir, steps, *, first=0, last=10, loss=0.0):
+    writer = metrics.Writer(workdir, first_step=first, last_step=last)
+    for step in steps:
+        writer.step(step, {"loss": loss + step, "tokens": 100.0})
+    writer.close()
+
+
+def test_scalars_by_hand():
+    load_RE = jnp.array([[0.5, 1.5, 1.0], [2.0, 0.0, 1.0]])
+    row = metrics.scalars({"loss": jnp.float32(0.25), "tokens": np.int32(3), "router_load_RE": load_RE})
+    assert row == {
+        "loss": 0.25, "tokens": 3.0,
+        "router_load/0/0": 0.5, "router_load/0/1": 1.5, "router_load/0/2": 1.0,
+        "router_load/1/0": 2.0, "router_load/1/1": 0.0, "router_load/1/2": 1.0,
+    }  # fmt: skip
+    assert all(type(value) is float for value in row.values())
+    json.dumps(row)
+    assert metrics.scalars({"router_load_RE": load_RE[:, ::-1]}) != metrics.scalars({"router_load_RE": load_RE})
+
+
+def test_a_row_for_every_step(tmp_path):
+    write(tmp_path, range(4))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows == metrics.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(type(row["step"]) is int for row in rows)
+    assert [row["loss"] for row in rows] == [0.0, 1.0, 2.0, 3.0]
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(100 / row["seconds"])
+
+
+def test_a_row_is_on_disk_before_the_next_step(tmp_path):
+    writer = metrics.Writer(tmp_path, first_step=0, last_step=5)
+    writer.step(0, {"loss": 1.0, "tokens": 1.0})
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 1  # and not only after close()
+    writer.close()
+
+
+def test_a_resume_drops_the_steps_it_repeats(tmp_path):
+    write(tmp_path, range(6))
+    write(tmp_path, range(4, 8), first=4, loss=100.0)
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["loss"] for row in rows] == [0, 1, 2, 3, 104, 105, 106, 107]
+    write(tmp_path, [0], first=0)
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+def test_a_resume_drops_the_evaluations_it_repeats(tmp_path):
+    for first in (0, 4):  # stopped after step 6, continued from the checkpoint of step 4
+        writer = metrics.Writer(tmp_path, first_step=first, last_step=8)
+        for done in (2, 4, 6):
+            if done > first:
+                writer.evaluation(done, {"ndcg": 0.1 * done + first})
+        writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert rows[-1]["ndcg"] == pytest.approx(4.6)
+
+
+def test_a_last_line_cut_short_is_left_out(tmp_path):
+    write(tmp_path, range(3))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    for missing in range(1, len(whole.splitlines()[-1])):
+        path.write_text(whole[: -1 - missing])
+        assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1]
+    write(tmp_path, [2], first=2)
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_no_file_is_no_rows(tmp_path):
+    assert metrics.read(tmp_path / "metrics.jsonl") == []
+
+
+def test_the_bar_shows_loss_accuracy_dev_figure_and_speed(tmp_path, capsys):
+    writer = metrics.Writer(tmp_path, first_step=3, last_step=7)
+    writer.step(3, {"loss": 1.25, "accuracy": 0.5, "tokens": 10.0, "unshown": 9.0})
+    writer.evaluation(4, {"ndcg": 0.375, "ndcg/some-task": 0.375})
+    writer.say("a sentence above the bar")
+    writer.close()
+    out = capsys.readouterr().out
+    assert "a sentence above the bar\n" in out
+    assert "4/7" in out  # resumed at three, one step done
+    for shown in ("loss=1.250", "acc=0.500", "dev nDCG@10=0.375", "tok/s="):
+        assert shown in out
+    assert "unshown" not in out
+    row = json.loads((tmp_path / "evaluations.jsonl").read_text())
+    assert row == {"step": 4, "ndcg": 0.375, "ndcg/some-task": 0.375}

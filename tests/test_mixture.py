@@ -1,0 +1,103 @@
+"""Who is in step s, against a ten-line loop."""
+
+import numpy as np
+import pytest
+
+from moe_embed.data.mixture import Mixture
+
+SIZES, WEIGHTS, BATCH, STEPS = (10, 7, 23), (0.5, 0.3, 0.2), 4, 60
+
+
+def make(sizes=SIZES, weights=WEIGHTS, batch_size=BATCH, steps=STEPS, seed=0) -> Mixture:
+    return Mixture(sizes, weights=weights, batch_size=batch_size, steps=steps, seed=seed)
+
+
+def by_loop(sizes, weights, batch_size, steps, seed):
+    weights = weights or sizes
+    share = [weight / sum(weights) for weight in weights]
+    count, epoch, waiting = [0] * len(sizes), [0] * len(sizes), [[] for _ in sizes]
+    for step in range(steps):
+        behind = [share[s] * (step + 1) - count[s] for s in range(len(sizes))]
+        s = behind.index(max(behind))
+        count[s] += 1
+        while len(waiting[s]) < batch_size:
+            waiting[s] += np.random.default_rng((seed, s, epoch[s])).permutation(sizes[s]).tolist()
+            epoch[s] += 1
+        yield s, waiting[s][:batch_size]
+        del waiting[s][:batch_size]
+
+
+def sequence(mixture: Mixture, steps: int = STEPS) -> list:
+    return [(source, pairs.tolist()) for source, pairs in map(mixture.batch_at, range(steps))]
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (3, 50), (1, 1, 1, 1)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_against_a_loop(sizes, weighted, batch_size):
+    weights = tuple(range(1, len(sizes) + 1)) if weighted else ()
+    settings = dict(sizes=sizes, weights=weights, batch_size=batch_size, steps=STEPS, seed=3)
+    assert sequence(make(**settings)) == list(by_loop(**settings))
+    assert sequence(make(**settings | {"seed": 4})) != list(by_loop(**settings)) or max(sizes) == 1
+
+
+def test_each_pair_once_an_epoch_over_batch_borders():
+    mixture = make(sizes=(10,), weights=(), batch_size=4, steps=25)  # 100 draws: ten epochs, borders inside batches
+    drawn = np.concatenate([mixture.batch_at(step)[1] for step in range(25)]).reshape(10, 10)
+    assert np.array_equal(np.sort(drawn, axis=1), np.tile(np.arange(10), (10, 1)))
+    assert len({tuple(epoch) for epoch in drawn.tolist()}) == 10  # a fresh order each time
+
+
+def test_each_pair_once_an_epoch_for_each_of_several_sources():
+    drawn = {source: [] for source in range(3)}
+    for source, pairs in sequence(make()):
+        drawn[source] += pairs
+    for source, size in enumerate(SIZES):
+        assert len(drawn[source]) > size
+        for start in range(0, len(drawn[source]) - size + 1, size):
+            assert sorted(drawn[source][start : start + size]) == list(range(size))
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, (1.0, 1.0, 1.0), (0.9, 0.1, 0.0), ()])
+def test_shares_hold_at_every_prefix(weights):
+    share = np.array(weights or SIZES, float) / sum(weights or SIZES)
+    chosen = np.array([source for source, _ in sequence(make(weights=weights, steps=500), 500)])
+    count = np.cumsum(chosen[:, None] == np.arange(3), axis=0)
+    wanted = np.arange(1, 501)[:, None] * share
+    assert np.abs(count - wanted).max() < 1
+    assert not np.any(count[:, share == 0])
+    at_random = np.random.default_rng(0).choice(3, 500, p=share)
+    assert np.abs(np.cumsum(at_random[:, None] == np.arange(3), axis=0) - wanted).max() > 1  # the bound says something
+
+
+def test_random_access_is_the_sequence():
+    straight, mixture = sequence(make()), make()
+    for step in np.random.default_rng(1).integers(0, STEPS, 200):
+        source, pairs = mixture.batch_at(int(step))
+        assert (source, pairs.tolist()) == straight[step]
+        pairs[:] = -1  # a caller's own array
+
+
+def test_more_steps_do_not_change_the_first_ones():
+    assert sequence(make(steps=1000)) == sequence(make(steps=STEPS))
+
+
+def test_another_seed_another_order():
+    a, b = sequence(make(seed=0)), sequence(make(seed=1))
+    assert [source for source, _ in a] == [source for source, _ in b]
+    assert all(x != y for (_, x), (_, y) in zip(a, b, strict=True))
+    two = make(sizes=(50, 50), weights=())
+    assert two.batch_at(0)[1].tolist() != two.batch_at(1)[1].tolist()  # sources do not share an order
+
+
+def test_one_source_a_batch():
+    for source, pairs in map(make().batch_at, range(STEPS)):
+        assert isinstance(source, int)
+        assert pairs.shape == (BATCH,)
+        assert pairs.dtype == np.int64
+        assert 0 <= pairs.min() <= pairs.max() < SIZES[source]
+
+
+def test_a_step_beyond_the_last_is_refused():
+    with pytest.raises(IndexError):
+        make().batch_at(STEPS)

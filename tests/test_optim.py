@@ -1,0 +1,57 @@
+"""Schedules by hand, decay by name, and one AdamW step against the formula."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_embed import config as config_lib
+from moe_embed import optim
+
+
+def values(name, steps=(0, 5, 10, 55, 100)):
+    c = config_lib.Optim(learning_rate=2.0, schedule=name, warmup_steps=10)
+    return [float(optim.schedule(c, steps=100)(step)) for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cosine", [0, 1, 2, 1, 0]),
+        ("linear", [0, 1, 2, 1, 0]),
+        ("constant", [0, 1, 2, 2, 2]),
+        ("inverse_sqrt", [0, 1, 2, 2 * (10 / 55) ** 0.5, 2 * (10 / 100) ** 0.5]),
+    ],
+)
+def test_schedules_by_hand(name, expected):
+    np.testing.assert_allclose(values(name), expected, atol=1e-6)
+
+
+def test_without_warm_up_it_begins_at_the_peak():
+    assert float(optim.schedule(config_lib.Optim(learning_rate=2.0), steps=10)(0)) == 2.0
+
+
+def test_matrices_decay_and_biases_and_norms_do_not():
+    names = {
+        "w_up_REDF": 1,
+        "word_VD": 1,
+        "w_router_RED": 1,
+        "b_qkv_RGHK": 0,
+        "b_out_RD": 0,
+        "scale_RD": 0,
+        "bias_D": 0,
+        "type_YD": 0,
+    }
+    mask = optim.decays({name: jnp.zeros(()) for name in names})
+    assert mask == {name: bool(decays) for name, decays in names.items()}
+
+
+def test_one_step_is_adamw_after_clipping():
+    c = config_lib.Optim(learning_rate=0.1, schedule="constant", weight_decay=0.5, clip_norm=1.0, epsilon=1e-8)
+    optimizer = optim.make(c, steps=10)
+    params = {"w_up_DF": jnp.array([[3.0]]), "b_up_F": jnp.array([4.0])}
+    gradients = {"w_up_DF": jnp.array([[30.0]]), "b_up_F": jnp.array([40.0])}
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    # Adam's first step is the gradient's sign; only the matrix decays.
+    np.testing.assert_allclose(updates["w_up_DF"], [[-0.1 * (1 + 0.5 * 3)]], rtol=1e-5)
+    np.testing.assert_allclose(updates["b_up_F"], [-0.1], rtol=1e-5)
+    np.testing.assert_allclose(state[1][0].mu["b_up_F"], [0.1 * 40 / 50], rtol=1e-5)  # clipped to norm 1

@@ -1,0 +1,105 @@
+"""The rule table is strict: each fault names array, shape, rule and mesh; nothing is replicated in silence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import shard_map
+from jax.sharding import PartitionSpec
+
+from moe_embed import config as config_lib
+from moe_embed import sharding
+
+
+@pytest.fixture
+def mesh(eight_devices):
+    return sharding.make_mesh(config_lib.Mesh(data=4, expert=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "expected"),
+    [
+        ("w_up_EDF", "parameter", PartitionSpec("expert", None, None)),
+        ("w_up_REDF", "optimizer", PartitionSpec(None, "expert", "data", None)),
+        ("word_VD", "optimizer", PartitionSpec(None, "data")),
+        ("tokens_MBL", "activation", PartitionSpec(None, ("data", "expert"), None)),
+        ("document_id_N", "activation", PartitionSpec(("data", "expert"))),
+    ],
+)
+def test_specs_by_hand(name, column, expected):
+    assert sharding.spec(name, column=column) == expected
+
+
+@pytest.mark.parametrize("name", ["kernel", "w_up", "w_up_EDQ", "w_up_Edf", "EDF"])
+def test_a_name_without_known_dims_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        sharding.spec(name, column="parameter")
+
+
+def test_two_dims_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="score_BN"):
+        sharding.spec("score_BN", column="activation")
+
+
+def test_wrong_rank_and_indivisible_dims_name_shape_rule_and_mesh(mesh):
+    with pytest.raises(ValueError, match=r"w_up_EDF has shape \(8, 16\)"):
+        sharding.spec("w_up_EDF", column="parameter", shape=(8, 16), mesh=mesh)
+    with pytest.raises(ValueError, match=r"E=3 is not divisible by 2, the size of expert in the mesh .*parameter rule"):
+        sharding.spec("w_up_EDF", column="parameter", shape=(3, 16, 4), mesh=mesh)
+
+
+def test_the_last_name_of_a_path_decides_and_moments_follow(mesh):
+    state = {"mu": {"unit": {"moe": {"w_up_EDF": jnp.zeros((8, 16, 4))}}}, "count": jnp.zeros(())}
+    specs = sharding.specs(state, column="optimizer", mesh=mesh)
+    assert specs["mu"]["unit"]["moe"]["w_up_EDF"] == PartitionSpec("expert", "data", None)
+    assert specs["count"] == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (config_lib.Mesh(data=3), "data=3"),
+        (config_lib.Mesh(data=2, expert=2), "4 of 8 devices"),
+        (config_lib.Mesh(data=-1, expert=16), "expert=16"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, words, eight_devices):
+    with pytest.raises(config_lib.UserError, match=words):
+        sharding.make_mesh(config)
+
+
+def test_minus_one_takes_what_is_left(eight_devices):
+    assert dict(sharding.make_mesh(config_lib.Mesh(data=-1, expert=2)).shape) == {"data": 4, "expert": 2}
+
+
+def test_collectives_by_letter(mesh):
+    def local(x_ND):
+        everything = sharding.gather(x_ND, "N")
+        over_experts = sharding.scatter(sharding.gather(x_ND, "E"), "E")  # each of 2 devices adds its copy
+        return everything.sum(), over_experts, sharding.reduce(x_ND.sum(), "N"), sharding.index("N")[None]
+
+    rows = sharding.spec("x_ND", column="activation")
+    f = shard_map(
+        local,
+        mesh=mesh,
+        in_specs=rows,
+        out_specs=(PartitionSpec(), rows, PartitionSpec(), sharding.spec("x_N", column="activation")),
+        check_vma=False,
+    )
+    x = jnp.arange(32.0).reshape(16, 2)
+    total, doubled, reduced, index = jax.jit(f)(x)
+    assert total == reduced == x.sum()
+    np.testing.assert_array_equal(doubled, 2 * x)
+    np.testing.assert_array_equal(index, np.arange(8))
+
+
+def test_outside_of_shard_map_collectives_are_the_identity():
+    x = jnp.arange(3.0)
+    for result in (sharding.gather(x, "N"), sharding.scatter(x, "E"), sharding.reduce(x, "B"), sharding.vary(x)):
+        assert result is x
+    assert sharding.index("N") == 0
+
+
+def test_put_batch_splits_rows_over_both_axes(mesh):
+    batch = sharding.put_batch({"tokens_MBL": np.zeros((3, 16, 4), np.int32)}, mesh=mesh)
+    assert {shard.data.shape for shard in batch["tokens_MBL"].addressable_shards} == {(3, 2, 4)}

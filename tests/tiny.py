@@ -1,0 +1,45 @@
+"""A tiny config and a batch for it, shared by the tests of the device's wing. No files: pairs are made of random ids."""
+
+import numpy as np
+
+from moe_embed import config as config_lib
+from moe_embed.data import batches as batches_lib
+from moe_embed.data.sources import Pair, Source
+
+WORDS = ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu", "va", "xe")
+
+
+class FakeTokenizer:
+    """Two letters an id: enough to pack and mask real lengths without a model file."""
+
+    num_ids = 64
+    model_bytes = b""
+
+    def encode(self, texts, *, prompt="", max_length):
+        ids = [[0, *(4 + WORDS.index(t[i : i + 2]) for i in range(0, len(t), 2)), 2] for t in texts]
+        return [np.array(i[:max_length], np.int32) for i in ids], 0
+
+
+def config(**changes) -> config_lib.Config:
+    """Every section can be changed: config(data={"batch_size": 8}, run={"recompute": True})."""
+    tree = {
+        "encoder": {"vocab_size": 64, "num_layers": 4, "dim": 16, "num_heads": 2, "ffn_dim": 32, "max_seq_length": 32},
+        "moe": {"num_experts": 8, "top_k": 2, "every": 2},
+        "data": {"sources": ("random",), "tokenizer": "none", "batch_size": 16, "row_length": 32, "rows": 2,
+                 "query_length": 8, "document_length": 24, "query_prompt": "", "document_prompt": "", "texts_per_row": 4},
+        "loss": {"temperature": 0.1, "balance_coefficient": 0.5, "bidirectional": True},
+        "optim": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "mesh": {},
+        "run": {"steps": 10, "recompute": False},
+    }  # fmt: skip
+    for section, values in changes.items():
+        tree[section] |= values
+    return config_lib.from_dict(tree)
+
+
+def batches(c: config_lib.Config, *, num_shards: int = 1, seed: int = 0) -> batches_lib.Batches:
+    rng = np.random.default_rng(seed)
+    text = lambda low, high: "".join(rng.choice(WORDS, rng.integers(low, high)))  # noqa: E731
+    negatives = c.data.num_negatives
+    pairs = [Pair(text(1, 6), text(4, 22), tuple(text(4, 22) for _ in range(negatives))) for _ in range(40)]
+    return batches_lib.Batches([Source("random", pairs, 0)], FakeTokenizer(), c, num_shards=num_shards)
