@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     )
     c.loss = ConfigDict(dict(temperature=0.05, bidirectional=True, balance_coefficient=0.01))
-    c.optim = ConfigDict(dict(learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01))
+    c.optim = ConfigDict(dict(learning_rate=4e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01))
     c.mesh = ConfigDict(dict(data=-1, expert=1))
     c.run = ConfigDict(dict(steps=1200, eval_every=150, save_every=300, recompute=False))
     if variant == "tiny":

@@ -92,7 +92,7 @@ def experts(model: Model, texts: dict[str, list[str]]) -> str:
         for e in range(share.shape[2]):
             cells = "".join(next(shade for limit, shade in SHADES if value <= limit) for value in ratio[:, e])
             lines.append(f"  e{e:<3} {cells}   {mean_E[e]:6.1%}")
-    lines.append("  beside its mean share, a language chooses it  · as often  ░ more  ▒ 1.2x  ▓ 1.4x  █ 2x  (blank: less)")
+    lines.append("  chosen by a language, beside the mean:  · as often  ░ more  ▒ 1.2x  ▓ 1.4x  █ 2x  (blank: less)")
     return "\n".join(lines)
 
 
