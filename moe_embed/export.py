@@ -1,6 +1,6 @@
 """export: a model becomes a folder that PyTorch users load, and proves that it still gives the same vectors.
 
-    python -m moe_embed.export --model=runs/demo/finetune --output=runs/demo/export
+    python -m moe_embed.export --model=runs/demo --output=runs/demo/export
 
 The folder has the released NomicBert-MoE layout (moe_embed/hf_layout.py), a torch model file of our own, and what
 sentence-transformers reads: `SentenceTransformer(folder, trust_remote_code=True)`. It is written beside its place and

@@ -1,7 +1,7 @@
 """The one map of names and shapes between our parameters and the released NomicBert-MoE tensors, and its file readers.
 
 Ours is a nested dict of float32 arrays whose names end in their dims; theirs is a flat file of 148 tensors at full
-size (research/paper.md 4.2, measured on nomic-ai/nomic-embed-text-v2-moe). A row of the tables below says how the dims
+size (nomic-ai/nomic-embed-text-v2-moe: its names and shapes). A row of the tables below says how the dims
 of one of our arrays are laid out in their tensor: "EF D" is a matrix whose rows run over E, then F, and whose columns
 are D. Shape, transposition and the way back all follow from that one string. Strict both ways: what is unknown,
 missing or mis-shaped is named in a UserError and never dropped, because a wrong layout that still fits
@@ -60,7 +60,7 @@ OPTIONAL = {
     "parallel_block": (False,), "use_rms_norm": (None, False), "scale_attn_weights": (True,),
 }  # fmt: skip
 MAX_HEADER = 100 * 2**20  # bytes of a safetensors header; the released file's is 17 kB
-# transformers' own `nomic_bert` would load these files without a murmur, its MLPs random (research/paper.md 4.4 ii).
+# transformers' own `nomic_bert` would load these files without a murmur, its MLPs random.
 GUARD = "not transformers' own nomic_bert (gated, no biases, no experts): load this model with trust_remote_code=True"
 
 
@@ -151,7 +151,7 @@ def hf_config(encoder: Encoder, moe: Moe) -> dict:
         "eos_token_id": None,
         "torch_dtype": "float32",
         # Native-safe: converters that read the file through transformers' own class would else get its defaults
-        # (theta 1000, epsilon 1e-12, 2046 positions: research/paper.md 4.4 iii). 514 - 2 is how XLM-R writes 512.
+        # (theta 1000, epsilon 1e-12, 2046 positions). 514 - 2 is how XLM-R writes 512.
         "layer_norm_eps": encoder.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": encoder.rotary_base},
         "max_position_embeddings": encoder.max_seq_length + 2,

@@ -15,7 +15,7 @@ from moe_embed.model import encoder as encoder_lib
 SMALL = Encoder(vocab_size=10, num_layers=4, dim=8, num_heads=2, ffn_dim=6, max_seq_length=16)
 MOE = Moe(num_experts=3, top_k=2, every=2)
 FULL = Encoder(vocab_size=250_048, num_layers=12, dim=768, num_heads=12, ffn_dim=3072, max_seq_length=512)
-# The released config.json (research/paper.md 4.1), the keys that say something about the maths or the size.
+# The released config.json, the keys that say something about the maths or the size.
 RELEASED = {
     "activation_function": "gelu", "causal": False, "expert_choice_router": False, "ffn_div": 1,
     "layer_norm_epsilon": 1e-05, "max_trained_positions": 2048, "mlp_fc1_bias": True, "mlp_fc2_bias": True,

@@ -16,7 +16,7 @@ def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
 
 
 def test_balance_loss_equals_the_loop_of_the_paper():
-    """paper.md 6.3: E / (layers * T * k) * sum over layers and experts of count * mean probability."""
+    """megablocks, as contrastors calls it: E / (layers * T * k) * sum over layers and experts of count * mean probability."""
     rng = np.random.default_rng(0)
     tokens, experts, layers, k = 50, 8, 3, 2
     p = rng.dirichlet(np.ones(experts), (layers, tokens))

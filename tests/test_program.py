@@ -11,7 +11,7 @@ from moe_embed import config as config_lib
 from moe_embed import program, sharding
 from tests import tiny
 
-TOLERANCE = 1e-5  # relative, float32 (DESIGN section 6)
+TOLERANCE = 1e-5  # relative, float32 (CONTRIBUTING.md, "Three truths")
 
 
 def run(c, *, data=1, expert=1, params=None, step=0):
@@ -88,7 +88,7 @@ def test_experts_are_really_split_over_the_mesh(eight_devices):
 
 
 def test_gradients_are_summed_over_devices_outside_of_every_loop(eight_devices):
-    """No collective of a gradient's size inside a loop body (DESIGN decision 5): with experts whole, none at all."""
+    """No collective of a gradient's size inside a loop body: with experts whole, none at all."""
     c = tiny.config(data={"rows": 1}, run={"recompute": True})
     mesh = sharding.make_mesh(config_lib.Mesh(data=8, expert=1))
     prog = program.build(c, mesh)

@@ -15,7 +15,7 @@ from moe_embed.model import moe as moe_lib
 
 
 class Block(nnx.Module):
-    """Post-LN: h = norm1(x + attention(x)), y = norm2(h + mlp(h)) (paper.md section 3; BERT, arXiv 1810.04805)."""
+    """Post-LN: h = norm1(x + attention(x)), y = norm2(h + mlp(h)) (BERT, arXiv 1810.04805; Nomic Embed v2, arXiv 2502.07972)."""
 
     def __init__(self, c: config_lib.Encoder, moe: config_lib.Moe | None, *, rngs: nnx.Rngs):
         self.attention = layers.Attention(c, rngs=rngs)

@@ -2,7 +2,7 @@
 
 The maths is Nomic Embed v2's (arXiv 2502.07972): softmax over all experts in float32, then top-k, weights used as they
 are; no biases inside the experts, one shared bias after the sum. Padding is routed nowhere. With experts split over the
-mesh, tokens travel: gather over the expert axis, local experts, reduce-scatter (DESIGN: dropless at any balance).
+mesh, tokens travel: gather over the expert axis, local experts, reduce-scatter.
 """
 
 from typing import NamedTuple

@@ -79,7 +79,7 @@ def random_rows(model, lengths, seed=0):
 
 
 def numpy_encode(t, ids, *, heads, top_k, every, eps=1e-5, base=10_000.0):
-    """One text through the released tensors `t`, in float64, as slowly as it can be said (research/paper.md 3)."""
+    """One text through the released tensors `t`, in float64, as slowly as it can be said."""
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
