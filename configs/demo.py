@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.loss = ConfigDict(dict(temperature=0.05, bidirectional=True, balance_coefficient=0.01))
     c.optim = ConfigDict(dict(learning_rate=4e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01))
     c.mesh = ConfigDict(dict(data=-1, expert=1))
-    c.run = ConfigDict(dict(steps=1200, eval_every=150, save_every=300, recompute=False))
+    c.run = ConfigDict(dict(steps=600, eval_every=100, save_every=200, recompute=False))
     if variant == "tiny":
         c.encoder.update(dim=32, num_heads=2, ffn_dim=64)
         c.data.update(batch_size=32, rows=4, dev=())

@@ -160,6 +160,11 @@ def read_description(root: pathlib.Path) -> tuple[config_lib.Config, dict[str, s
         raise UserError(f"{root / DESCRIPTION} cannot be read ({error}); it is written by train.") from error
 
 
+def prompts_of(config: config_lib.Config) -> dict[str, str]:
+    """What a run puts in front of a text, by the name of the task."""
+    return {"query": config.data.query_prompt, "document": config.data.document_prompt}
+
+
 def write_description(root: pathlib.Path, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> None:
     """Make `root` a workdir: config, prompts and versions, and a copy of the tokenizer."""
     import flax
@@ -167,7 +172,7 @@ def write_description(root: pathlib.Path, config: config_lib.Config, tokenizer: 
 
     description = {
         "config": config_lib.to_dict(config),
-        "prompts": {"query": config.data.query_prompt, "document": config.data.document_prompt},
+        "prompts": prompts_of(config),
         "versions": {m.__name__: m.__version__ for m in (jax, flax, np, orbax.checkpoint)},
     }
     (root / TOKENIZER).write_bytes(tokenizer.model_bytes)

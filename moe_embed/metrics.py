@@ -60,7 +60,10 @@ class Writer:
         """Print a line above the bar."""
         self._bar.write(sentence, file=sys.stdout)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
         """Finish the bar and the file."""
         self._bar.close()
         self._file.close()

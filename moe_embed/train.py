@@ -21,7 +21,7 @@ from moe_embed.config import Config, UserError
 from moe_embed.data import batches as batches_lib
 from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import DESCRIPTION, Model, read_description, write_description
+from moe_embed.load import DESCRIPTION, Model, prompts_of, read_description, write_description
 
 MAY_CHANGE = ("mesh.", "run.eval_every", "run.save_every", "run.keep", "run.recompute", "data.dev", "data.rows")
 
@@ -57,31 +57,28 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
         print(f"continuing {workdir} from step {first} of {config.run.steps}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
 
-    writer = metrics.Writer(workdir, first_step=first, last_step=config.run.steps)
     started = time.perf_counter()
-    step_of_size = {}  # compiled, by the number of micro-batches
-    unwritten = None  # the step before: its metrics are fetched while the device runs this one
-    for step, batch in enumerate(batches.iterate(first, config.run.steps), start=first):
-        arrays = sharding.put_batch(batch.arrays, mesh=mesh)
-        num_micro = batch.arrays["tokens_MBL"].shape[0]
-        if num_micro not in step_of_size:
-            writer.say(f"compiling the train step for {num_micro} micro-batches ...")
-            start = time.perf_counter()
-            step_of_size[num_micro] = prog.step.lower(state, arrays).compile()
-            writer.say(f"compiled in {time.perf_counter() - start:.1f} s.")
-        state, device_metrics = step_of_size[num_micro](state, arrays)
-        if unwritten is not None:
-            write_row(writer, *unwritten)
-        unwritten = step, device_metrics, batch
-        done = step + 1
-        if done == config.run.steps or done % config.run.save_every == 0:
-            write_row(writer, *unwritten)
-            unwritten = None
-            checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
-        if tasks and config.run.eval_every and (done == config.run.steps or done % config.run.eval_every == 0):
-            model = Model(config.encoder, config.moe, state["params"], tokenizer, prompts(config), mesh, "training")
-            writer.evaluation(done, evaluate(model, tasks))
-    writer.close()
+    with metrics.Writer(workdir, first_step=first, last_step=config.run.steps) as writer:
+        step_of_size = {}  # compiled, by the number of micro-batches
+        unwritten = None  # the step before: its metrics are fetched while the device runs this one
+        for step, batch in enumerate(batches.iterate(first, config.run.steps), start=first):
+            arrays = sharding.put_batch(batch.arrays, mesh=mesh)
+            num_micro = batch.arrays["tokens_MBL"].shape[0]
+            if num_micro not in step_of_size:
+                step_of_size[num_micro] = compile_step(prog, state, arrays, writer)
+            state, device_metrics = step_of_size[num_micro](state, arrays)
+            if unwritten is not None:
+                write_row(writer, *unwritten)
+            unwritten = step, device_metrics, batch
+            done = step + 1
+            if due(done, config.run.save_every, config):
+                write_row(writer, *unwritten)  # before the save: a loss that is not finite is never kept
+                unwritten = None
+                checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
+            if tasks and due(done, config.run.eval_every, config):
+                prompts = prompts_of(config)
+                model = Model(config.encoder, config.moe, state["params"], tokenizer, prompts, mesh, "training")
+                writer.evaluation(done, evaluate(model, tasks))
     print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
 
 
@@ -95,9 +92,19 @@ def open_data(config: Config, *, num_shards: int) -> tuple[batches_lib.Batches, 
     return batches_lib.Batches(sources, tokenizer, config, num_shards=num_shards), tokenizer
 
 
-def prompts(config: Config) -> dict[str, str]:
-    """What goes in front of a text, by the name of the task."""
-    return {"query": config.data.query_prompt, "document": config.data.document_prompt}
+def due(done: int, every: int, config: Config) -> bool:
+    """Whether something done every `every` steps (0: never) is due after `done` of them; the last step always is."""
+    return every > 0 and (done % every == 0 or done == config.run.steps)
+
+
+def compile_step(prog: program.Program, state: dict, arrays: dict, writer: metrics.Writer):
+    """The train step for arrays of these shapes; says so, and how long it took."""
+    num_micro = arrays["tokens_MBL"].shape[0]
+    writer.say(f"compiling the train step for {num_micro} micro-batches ...")
+    start = time.perf_counter()
+    compiled = prog.step.lower(state, arrays).compile()
+    writer.say(f"compiled in {time.perf_counter() - start:.1f} s.")
+    return compiled
 
 
 def say_what_will_run(config: Config, prog: program.Program, batches: batches_lib.Batches) -> None:

@@ -83,6 +83,18 @@ def test_mlp_uses_the_exact_gelu():
     np.testing.assert_allclose(module(jnp.array(x)), h @ np.array(module.w_down_FD[...]), atol=1e-5)
 
 
+def test_gelu_and_its_derivatives_are_jaxs():
+    x = jnp.linspace(-6, 6, 101)
+    exact = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+    np.testing.assert_allclose(layers.gelu(x), exact(x), atol=1e-6)
+    for ours, theirs in (
+        (jax.grad(layers.gelu), jax.grad(exact)),
+        (jax.grad(jax.grad(layers.gelu)), jax.grad(jax.grad(exact))),
+    ):
+        np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), atol=1e-6)
+    assert np.abs(layers.gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+
+
 def test_mean_pool_by_hand():
     hidden = jnp.array([[[1.0, 0.0], [3.0, 0.0], [5.0, 4.0], [9.0, 9.0]]])
     pooled = layers.mean_pool(hidden, jnp.array([[1, 1, 2, 0]]), num_segments=3)

@@ -13,7 +13,7 @@ def write(workdir, steps, *, first=0, last=10, loss=0.0):
     writer = metrics.Writer(workdir, first_step=first, last_step=last)
     for step in steps:
         writer.step(step, {"loss": loss + step, "tokens": 100.0})
-    writer.close()
+    writer.__exit__()
 
 
 def test_scalars_by_hand():
@@ -45,8 +45,8 @@ def test_a_row_for_every_step(tmp_path):
 def test_a_row_is_on_disk_before_the_next_step(tmp_path):
     writer = metrics.Writer(tmp_path, first_step=0, last_step=5)
     writer.step(0, {"loss": 1.0, "tokens": 1.0})
-    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 1  # and not only after close()
-    writer.close()
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 1  # and not only at the end
+    writer.__exit__()
 
 
 def test_a_resume_drops_the_steps_it_repeats(tmp_path):
@@ -66,7 +66,7 @@ def test_a_resume_drops_the_evaluations_it_repeats(tmp_path):
         for done in (2, 4, 6):
             if done > first:
                 writer.evaluation(done, {"ndcg": 0.1 * done + first})
-        writer.close()
+        writer.__exit__()
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["ndcg"] == pytest.approx(4.6)
@@ -92,7 +92,7 @@ def test_the_bar_shows_loss_accuracy_dev_figure_and_speed(tmp_path, capsys):
     writer.step(3, {"loss": 1.25, "accuracy": 0.5, "tokens": 10.0, "unshown": 9.0})
     writer.evaluation(4, {"ndcg": 0.375, "ndcg/some-task": 0.375})
     writer.say("a sentence above the bar")
-    writer.close()
+    writer.__exit__()
     out = capsys.readouterr().out
     assert "a sentence above the bar\n" in out
     assert "4/7" in out  # resumed at three, one step done
