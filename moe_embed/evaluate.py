@@ -11,6 +11,7 @@ Writes {"task": {"ndcg@10": ...}}; with --dims a task also has "dims": {"64": {.
 import argparse
 import itertools
 import json
+import logging
 import pathlib
 import re
 import sys
@@ -91,6 +92,7 @@ def evaluate(model: Model, tasks: Sequence[Task], *, dims: Sequence[int] = ()) -
 
 def bm25(task: Task) -> dict[str, dict[str, float]]:
     """A BM25 run (k1 0.9, b 0.4): lower-cased words, Chinese, Japanese and Korean as character bigrams, no stemming."""
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     documents = list(task.corpus)
     corpus = [words(text) for text in task.corpus.values()]
     retriever = bm25s.BM25(k1=K1, b=B)

@@ -71,11 +71,13 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
                 write_row(writer, *unwritten)
             unwritten = step, device_metrics, batch
             done = step + 1
-            if due(done, config.run.save_every, config):
+            save, measure = due(done, config.run.save_every, config), tasks and due(done, config.run.eval_every, config)
+            if save or measure:
                 write_row(writer, *unwritten)  # before the save: a loss that is not finite is never kept
                 unwritten = None
+            if save:
                 checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
-            if tasks and due(done, config.run.eval_every, config):
+            if measure:
                 prompts = prompts_of(config)
                 model = Model(config.encoder, config.moe, state["params"], tokenizer, prompts, mesh, "training")
                 writer.evaluation(done, evaluate(model, tasks))
