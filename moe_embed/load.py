@@ -97,27 +97,24 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
 
     A row is a power of two long, at least twice its longest text; the rows of a call are a power of two in number.
     """
-    order = np.argsort([-len(text) for text in ids], kind="stable")
-    start = 0
-    while start < len(order):
-        row_length = max(MIN_ROW, 2 ** int(np.ceil(np.log2(2 * len(ids[order[start]])))))
-        budget = max(ROW_TOKENS // row_length, 1) * num_devices
-        lengths, end = [], start
-        while end < len(order) and sum(lengths[-1:]) <= row_length:  # as many texts as surely fit the budget's rows
-            if (sum(lengths) + len(ids[order[end]])) > 0.9 * budget * row_length and lengths:
-                break
-            if len(lengths) >= budget * TEXTS_PER_ROW:
-                break
-            lengths.append(len(ids[order[end]]))
-            end += 1
-        members = order[start:end]
-        some = [ids[i] for i in members]
-        packed = batches.pack([len(text) for text in some], row_length=row_length, texts_per_row=TEXTS_PER_ROW)
-        num_rows = max(num_devices, 2 ** int(np.ceil(np.log2(packed.num_rows))))
-        num_rows = -(-num_rows // num_devices) * num_devices
-        rows = batches.fill_rows(some, packed, num_rows=num_rows, row_length=row_length)
+    power_of_two = lambda n: 1 << (int(n) - 1).bit_length()  # noqa: E731 - the next one at or above n
+    length = np.array([len(text) for text in ids], np.int64)
+    order = np.argsort(-length, kind="stable")
+    while len(order):
+        row_length = max(MIN_ROW, power_of_two(2 * length[order[0]]))
+        max_rows = max(ROW_TOKENS // row_length, 1) * num_devices
+        fill = np.cumsum(length[order[: max_rows * TEXTS_PER_ROW]])
+        count = max(1, np.searchsorted(fill, max_rows * row_length, side="right"))
+        some = order[:count]
+        packed = batches.pack(length[some], row_length=row_length, texts_per_row=TEXTS_PER_ROW)
+        fits = packed.row_N < max_rows  # what opened another row waits for the next call
+        members, order = some[fits], np.concatenate([some[~fits], order[count:]])
+        packed = batches.Packed(
+            packed.row_N[fits], packed.segment_N[fits], packed.start_N[fits], min(packed.num_rows, max_rows)
+        )
+        num_rows = -(-power_of_two(packed.num_rows) // num_devices) * num_devices
+        rows = batches.fill_rows([ids[i] for i in members], packed, num_rows=num_rows, row_length=row_length)
         yield members, {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}, packed
-        start = end
 
 
 def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None) -> Model:
