@@ -4,20 +4,22 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 ready_venv() {
-    local python=${PYTHON:-python3} extras stamp
+    local python=${PYTHON:-python3} extras version stamp start=$SECONDS
     extras=$(IFS=,; echo "$*")
-    stamp=$(cat requirements.txt pyproject.toml tests/constraints.txt <(echo "$extras") <("$python" --version) | sha256sum)
+    version=$("$python" -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14); print(*sys.version_info[:2], sep=".")' 2>/dev/null) || {
+        echo "error: $python is $("$python" --version 2>&1); set PYTHON to a Python of 3.11 to 3.13." >&2
+        exit 2
+    }
+    stamp="$version $(cat requirements.txt pyproject.toml tests/constraints.txt | cksum)"
     if [ "$(cat ".venv/stamp-$extras" 2>/dev/null)" != "$stamp" ]; then
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-            echo "error: $("$python" --version) is too old; set PYTHON to a Python of 3.11 to 3.13." >&2
-            exit 2
-        }
-        echo "setting up .venv for $("$python" --version) ..."
-        local start=$SECONDS constraints=()
-        [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
+        echo "setting up .venv for Python $version ..."
+        if [ "$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)" != "$version" ]; then
+            "$python" -m venv --clear .venv || exit 1
+        fi
+        set -- --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
         # Only Python 3.11 has a CPU build under the pinned number (tests/constraints.txt).
-        .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && constraints=(-c tests/constraints.txt)
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check "${constraints[@]}" -e ".${extras:+[$extras]}" || exit 1
+        if [ "$version" = 3.11 ]; then set -- "$@" -c tests/constraints.txt; fi
+        .venv/bin/python -m pip install "$@" || exit 1
         echo "$stamp" > ".venv/stamp-$extras"
         echo "installed in $((SECONDS - start)) s, .venv is $(du -sm .venv | cut -f1) MB."
     fi
