@@ -9,7 +9,8 @@ run=runs/demo
 mkdir -p $run
 start=$SECONDS
 
-python -m moe_embed.doctor | grep -E "^(python|devices|cores|multiply)"
+machine=$(python -m moe_embed.doctor | grep -E "^(python|devices|cores|multiply)")
+echo "$machine"
 python -m moe_embed.train --config=configs/demo.py --workdir=$run "$@"
 
 newer() { [ -e "$1" ] && [ -z "$(find $run/checkpoints -newer "$1" -name digests.json)" ]; }
@@ -33,7 +34,7 @@ python -m moe_embed.embed --model=$run/export --search=$sample/tasks/xling-libre
 
 cat <<END
 
-done in $((SECONDS - start)) s.
+done in $((SECONDS - start)) s, on a machine that does $(sed -n 's/^multiply *\([^(]*\) (.*/\1/p' <<<"$machine").
   checkpoint  $(find $run/checkpoints -mindepth 1 -maxdepth 1 -type d | sort -V | tail -n 1)
   export      $run/export   (SentenceTransformer("$run/export", trust_remote_code=True))
   figures     $run/evaluation.json

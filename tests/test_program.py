@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_embed import config as config_lib
-from moe_embed import program, sharding
+from moe_embed import objectives, program, sharding
+from moe_embed.model import moe as moe_lib
 from tests import tiny
 
 TOLERANCE = 1e-5  # relative, float32 (CONTRIBUTING.md, "Three truths")
@@ -58,6 +59,26 @@ def test_loss_and_every_gradient_are_the_same_on_every_mesh(reference, data, exp
     assert not zero
     for name in metrics:
         np.testing.assert_allclose(got_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
+
+
+def test_no_token_of_the_batch_is_near_a_tie(reference, monkeypatch):
+    """Top-k is discontinuous: were a token's k-th and next logit within 1e-5, rounding would decide and it were exempt."""
+    c, params, *_ = reference
+    gaps, route = [], moe_lib.route
+
+    def noting(x_TD, real_T, w_router_ED, *, top_k):
+        logits_TE = jax.lax.top_k(x_TD.astype(jnp.float32) @ w_router_ED.T, top_k + 1)[0]
+        gap_T = jnp.where(real_T, logits_TE[:, top_k - 1] - logits_TE[:, top_k], jnp.inf)
+        jax.debug.callback(lambda gap_T: gaps.append(np.array(gap_T)), gap_T)
+        return route(x_TD, real_T, w_router_ED, top_k=top_k)
+
+    monkeypatch.setattr(moe_lib, "route", noting)
+    batch = {name: jnp.array(array) for name, array in tiny.batches(c).batch_at(0).arrays.items()}
+    jax.block_until_ready(jax.jit(lambda p: objectives.contrastive(p, batch, config=c))(params))
+    jax.effects_barrier()
+    gaps = np.concatenate(gaps)
+    assert np.isfinite(gaps).sum() == 2 * int((batch["segments_MBL"] > 0).sum())  # two mixture layers
+    assert not (gaps < 1e-5).sum()
 
 
 def test_another_seed_of_the_weights_is_noticed(reference):
