@@ -40,7 +40,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.run = ConfigDict(dict(steps=600, eval_every=100, save_every=200, recompute=False))
     if variant == "tiny":
         c.encoder.update(dim=32, num_heads=2, ffn_dim=64)
-        c.data.update(batch_size=32, rows=4, dev=())
+        c.data.update(batch_size=32, rows=16, dev=())
+        c.optim.update(warmup_steps=5)
         c.run.update(steps=20, save_every=10)
     elif (
         variant == "dense"

@@ -72,6 +72,8 @@ def newest_verified(folder: pathlib.Path, *, say: Callable[[str], None]) -> int 
 
     Raises UserError if there are steps and none verifies: nothing is started afresh in silence.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; checkpoints need a folder there.")
     problems = []
     for step in reversed(steps(folder)):
         what = problem(folder, step)
@@ -105,7 +107,11 @@ def restore_params(folder: pathlib.Path, step: int, *, abstract_params: dict) ->
 
 def _restore(path: pathlib.Path, items: dict) -> dict:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+        try:
+            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} does not hold the arrays that the workdir's config asks for: {reason}") from error
 
 
 def _write_manifest(path: pathlib.Path, facts: dict) -> None:

@@ -50,6 +50,11 @@ class Moe:
     top_k: int = 2  # experts a token visits; their softmax weights are used as they are, not renormalised
     every: int = 2  # layer i is a mixture when i % every == every - 1
 
+    @property
+    def unit_length(self) -> int:
+        """Layers in the unit that repeats: `every` with the mixture last, or one dense layer."""
+        return self.every if self.num_experts else 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
@@ -144,19 +149,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     Raises UserError with every fault found: a missing file, unknown or missing keys, wrong types, impossible values.
     """
     path, _, variant = spec.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--config={spec}: there is no file {path}; give a Python file that defines get_config().")
+    if not pathlib.Path(path).is_file() or not path.endswith(".py"):
+        raise UserError(f"--config={spec}: {path} is no Python file; give one that defines get_config(variant).")
     module_spec = importlib.util.spec_from_file_location("moe_embed_config", path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={spec}: {path} does not define get_config(variant).")
     try:
+        module_spec.loader.exec_module(module)
         tree = module.get_config(variant)
     except ValueError as error:  # a config's own sentence about an unknown variant
         raise UserError(f"--config={spec}: {error}") from error
+    except Exception as error:  # the file is the user's own code: whatever it raises is about that file
+        raise UserError(f"--config={spec}: {path} fails with {type(error).__name__}: {error}") from error
     if isinstance(tree, ml_collections.ConfigDict):
         tree = tree.to_dict()
+    if not isinstance(tree, dict):
+        raise UserError(f"--config={spec}: get_config returned {tree!r}; it must return a ConfigDict or a dict.")
     faults: list[str] = []
     for override in overrides:
         _apply_override(tree, override, faults)
@@ -164,7 +171,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(tree: dict, *, faults: Sequence[str] = ()) -> Config:
-    """A nested dict (a config file's, or a workdir's config.json) -> Config; raises UserError with all faults."""
+    """A nested dict (a config file's, or a workdir's) -> Config; raises UserError with all faults."""
     faults = list(faults)
     sections = {}
     for name, kind in SECTIONS.items():
@@ -176,8 +183,8 @@ def from_dict(tree: dict, *, faults: Sequence[str] = ()) -> Config:
     for key in tree:
         if key not in SECTIONS:
             faults.append(f"config.{key} is not a section{_did_you_mean(key, SECTIONS)}")
-    if not faults:
-        faults = _contradictions(Config(**sections))
+    if set(sections) == set(SECTIONS) and None not in sections.values():  # else a missing key is fault enough
+        faults += _contradictions(Config(**sections))
     if faults:
         raise UserError(*faults)
     return Config(**sections)
@@ -204,6 +211,8 @@ def _apply_override(tree: dict, override: str, faults: list[str]) -> None:
         faults.append(f"config.{section} is not a section{_did_you_mean(section, SECTIONS)}")
         return
     kinds = typing.get_type_hints(SECTIONS[section])
+    if not isinstance(tree.setdefault(section, {}), dict):
+        return  # reported as no section
     if key in kinds:
         tree.setdefault(section, {})[key] = _parse(text, kinds[key])
         if (section, key) == ("data", "sources"):
@@ -273,7 +282,7 @@ def _name(kind) -> str:
 def _contradictions(c: Config) -> list[str]:
     """Faults that need more than one field to see."""
     rules = [
-        (c.encoder.num_layers % unit_length(c) == 0,
+        (c.encoder.num_layers % max(c.moe.unit_length, 1) == 0,
          f"config.encoder.num_layers={c.encoder.num_layers} is not divisible by config.moe.every={c.moe.every}."),
         (c.encoder.num_heads > 0 and c.encoder.dim % (2 * max(c.encoder.num_heads, 1)) == 0,
          f"config.encoder.dim={c.encoder.dim} must be a multiple of twice config.encoder.num_heads="
@@ -299,13 +308,14 @@ def _contradictions(c: Config) -> list[str]:
         "moe": ("every",),
         "data": ("batch_size", "rows", "row_length", "texts_per_row"),
         "run": ("steps", "save_every", "keep"),
+        "optim": ("clip_norm",),
     }
     for section, keys in positive.items():
         for key in keys:
             value = getattr(getattr(c, section), key)
             rules.append((value > 0, f"config.{section}.{key}={value} must be positive."))
     not_negative = {
-        "optim": ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"),
+        "optim": ("learning_rate", "warmup_steps", "weight_decay"),
         "data": ("num_negatives",),
         "moe": ("num_experts",),
         "loss": ("balance_coefficient",),
@@ -315,13 +325,16 @@ def _contradictions(c: Config) -> list[str]:
         for key in keys:
             value = getattr(getattr(c, section), key)
             rules.append((value >= 0, f"config.{section}.{key}={value} must not be negative."))
+    rules.append((c.run.seed < 2**63, f"config.run.seed={c.run.seed} does not fit 63 bits."))
     rules.append((bool(c.data.sources), "config.data.sources is empty; name at least one file of pairs."))
     return [sentence for holds, sentence in rules if not holds]
 
 
-def unit_length(c: Config) -> int:
-    """Layers in the repeated unit: `moe.every` with the mixture last, or one dense layer. Scanned num_layers / this times."""
-    return max(c.moe.every, 1) if c.moe.num_experts else 1
+def check_output(path: pathlib.Path, flag: str) -> None:
+    """UserError, before any work, when a file cannot be written at `path`: a missing folder, or a folder in its place."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.absolute().parent}"
+        raise UserError(f"{flag}={path} {what}; name a file in a folder that exists.")
 
 
 def run_verb(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
@@ -340,6 +353,16 @@ def run_verb(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue.", file=sys.stderr)
+        print("\nstopped.", file=sys.stderr)
         status = 130
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except RuntimeError as error:
+        if "initialize backend" not in str(error):
+            raise
+        print(
+            f"error: jax finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {error}", file=sys.stderr
+        )
+        status = 2
     sys.exit(status or 0)

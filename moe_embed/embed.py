@@ -40,6 +40,10 @@ def main(argv: Sequence[str]) -> None:
         parser.error("give --output=E.npy to write vectors, or --search=corpus.jsonl to search")
     if arguments.output and not arguments.input:
         parser.error("--output needs --input=texts.jsonl, or --input=- for standard input")
+    if arguments.top_k < 1:
+        raise UserError(f"--top_k={arguments.top_k} shows nothing; give 1 or more.")
+    if arguments.output:
+        config_lib.check_output(arguments.output, "--output")
     texts = _read(arguments.input) if arguments.input else None
     if arguments.search:
         corpus = list(sources.read_corpus(arguments.search).values())
@@ -47,22 +51,17 @@ def main(argv: Sequence[str]) -> None:
         search(model, corpus, texts if texts is not None else _typed(), top_k=arguments.top_k, dim=arguments.dim)
     else:
         vectors = load(arguments.model).encode(texts, arguments.task, arguments.dim, progress=sys.stderr.isatty())
-        try:
-            with open(arguments.output, "wb") as file:
-                np.save(file, vectors)
-        except OSError as error:
-            raise UserError(f"--output={arguments.output} cannot be written: {error.strerror}.") from error
+        with open(arguments.output, "wb") as file:  # np.save(path) would add .npy to other names
+            np.save(file, vectors)
         print(f"{arguments.output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers.")
 
 
 def search(model: Model, corpus: Sequence[str], queries, *, top_k: int, dim: int | None = None) -> None:
     """Print, for each query, the documents of highest cosine, one line each, cut to the terminal's width."""
-    document_CD = model.encode(
-        corpus, "document" if "document" in model.prompts else None, dim, progress=sys.stderr.isatty()
-    )
+    document_CD = model.encode(corpus, model.prompt("document"), dim, progress=sys.stderr.isatty())
     width = shutil.get_terminal_size((100, 24)).columns
     for query in queries:
-        query_ND = model.encode([query], "query" if "query" in model.prompts else None, dim)
+        query_ND = model.encode([query], model.prompt("query"), dim)
         scores, indices = retrieval.top_k(query_ND, document_CD, k=top_k)
         print(f"\n{query}")
         for score, index in zip(scores[0], indices[0], strict=True):

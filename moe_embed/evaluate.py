@@ -15,11 +15,10 @@ import logging
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import bm25s
 import numpy as np
-import tqdm
 
 from moe_embed import config as config_lib
 from moe_embed import retrieval
@@ -49,9 +48,11 @@ def main(argv: Sequence[str]) -> None:
         return
     if not (arguments.model and arguments.task and arguments.output):
         parser.error("give --model, --task and --output, or --show=R.json")
-    if not arguments.output.absolute().parent.is_dir():
-        raise UserError(f"--output={arguments.output}: the folder {arguments.output.parent} does not exist.")
-    tasks = [read_task(folder, split=arguments.split) for folder in arguments.task.split(",")]
+    config_lib.check_output(arguments.output, "--output")
+    folders = [folder for folder in arguments.task.split(",") if folder]
+    if not folders:
+        raise UserError(f"--task={arguments.task} names no folder.")
+    tasks = [read_task(folder, split=arguments.split) for folder in folders]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--task={arguments.task} has two folders of one name; results go by the folder's name.")
     dims = _dims(arguments.dims)
@@ -67,20 +68,19 @@ def read_results(path: pathlib.Path) -> dict[str, dict[str, dict]]:
     try:
         results = json.loads(path.read_text("utf-8"))
         first = next(iter(next(iter(results.values())).values()))
-        return results if isinstance(first, dict) and "ndcg@10" in first else {"moe_embed": results}
-    except (OSError, ValueError, AttributeError, StopIteration) as error:
+        results = results if isinstance(first, dict) else {"moe_embed": results}
+        if not all("ndcg@10" in values for tasks in results.values() for values in tasks.values()):
+            raise ValueError("a task without ndcg@10")
+        return results
+    except (OSError, ValueError, AttributeError, TypeError, StopIteration) as error:
         raise UserError(f"--show={path} is no output of evaluate ({error}).") from error
 
 
 def evaluate(model: Model, tasks: Sequence[Task], *, dims: Sequence[int] = ()) -> dict[str, dict]:
     """{task: {"ndcg@10": x, "recall@10": x, "mrr@10": x[, "dims": {"64": {...}}]}}, fractions in [0, 1]."""
     results = {}
-    encode_corpus = _remember(
-        lambda texts: model.encode(texts, _prompt(model, "document"), progress=sys.stderr.isatty())
-    )
-    for task in tqdm.tqdm(tasks, unit="task", disable=not sys.stderr.isatty(), dynamic_ncols=True):
-        query_ND = model.encode(list(task.queries.values()), _prompt(model, "query"))
-        document_CD = encode_corpus(tuple(task.corpus.values()))
+    encode = lambda texts, name: model.encode(texts, model.prompt(name), progress=sys.stderr.isatty())  # noqa: E731
+    for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
         results[task.name] = retrieval.measure(task, retrieval.run_of(task, query_ND, document_CD))
         if dims:
             results[task.name]["dims"] = {
@@ -95,6 +95,8 @@ def bm25(task: Task) -> dict[str, dict[str, float]]:
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     documents = list(task.corpus)
     corpus = [words(text) for text in task.corpus.values()]
+    if not any(corpus):
+        return {query_id: {} for query_id in task.queries}
     retriever = bm25s.BM25(k1=K1, b=B)
     retriever.index(corpus, show_progress=False)
     depth = min(retrieval.DEPTH, len(documents))
@@ -156,7 +158,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 def _dims(text: str) -> list[int]:
     parts = [part for part in text.split(",") if part]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--dims={text} is not a list of positive integers, as in --dims=128,64.")
     return [int(part) for part in parts]
 
@@ -166,23 +168,6 @@ def _cut(x_ND: np.ndarray, dim: int) -> np.ndarray:
         raise UserError(f"--dims asks for {dim} numbers; the model's vectors have {x_ND.shape[1]}.")
     cut_ND = x_ND[:, :dim]
     return cut_ND / np.maximum(np.linalg.norm(cut_ND, axis=1, keepdims=True), 1e-12)
-
-
-def _prompt(model: Model, name: str) -> str | None:
-    return name if name in model.prompts else None
-
-
-def _remember(encode: Callable) -> Callable:
-    """The last call's result again when the texts are the same: cross-lingual tasks share one corpus."""
-    last = {}
-
-    def remembered(texts: tuple[str, ...]) -> np.ndarray:
-        if texts not in last:
-            last.clear()
-            last[texts] = encode(texts)
-        return last[texts]
-
-    return remembered
 
 
 if __name__ == "__main__":

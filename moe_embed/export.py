@@ -61,7 +61,10 @@ def export(model: Model, output: str | pathlib.Path, *, force: bool = False) -> 
     foreign = occupied and not ((output / "parity.json").is_file() and (output / MODEL_FILE).is_file())
     if foreign and not force:
         raise UserError(f"{output} is not empty and is no earlier export; name another folder, or move it by --force.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be made: {error.strerror} ({error.filename}).") from error
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         folder = pathlib.Path(scratch) / output.name
         folder.mkdir()
@@ -202,7 +205,7 @@ def _parity(model: Model, folder: pathlib.Path) -> dict:
     long_texts = [" ".join(TEXTS[i:] + TEXTS[:i]) * (1 + characters // 900) for i in (0, 8, 16, 24)]
     texts = [*TEXTS, *(text[: characters // (1 + i)] for i, text in enumerate(long_texts))]
     passes, difference = [], 0.0
-    for task, batch in (("query" if "query" in model.prompts else None, 1), (None, 32)):
+    for task, batch in ((model.prompt("query"), 1), (None, 32)):
         vectors = ours.encode(texts, task=task)
         prompt = model.prompts[task] if task else ""
         ids = model.tokenizer.encode(texts, prompt=prompt, max_length=encoder.max_seq_length)[0]

@@ -138,7 +138,7 @@ def hf_config(encoder: Encoder, moe: Moe) -> dict:
         "rotary_emb_base": encoder.rotary_base,
         "num_experts": moe.num_experts,
         "moe_top_k": moe.top_k,
-        "moe_every_n_layers": moe.every if moe.num_experts else 0,
+        "moe_every_n_layers": moe.unit_length if moe.num_experts else 0,
         # The reference has mixtures where i % n == 1, we where i % n == n - 1: the same for n = 2 only.
         "moe_layer_offset": moe.every - 1,
         "moe_impl": "megablocks",
@@ -189,7 +189,7 @@ def read_hf_config(theirs: Mapping) -> tuple[Encoder, Moe]:
     moe = Moe(num_experts=0)
     if sparse:
         moe = Moe(num_experts=theirs["num_experts"], top_k=theirs["moe_top_k"], every=theirs["moe_every_n_layers"])
-        offset = ({"moe_layer_offset": 1} | dict(theirs))["moe_layer_offset"]
+        offset = theirs["moe_layer_offset"] if "moe_layer_offset" in theirs else 1  # the released rule, unwritten
         if offset != moe.every - 1 or theirs["n_layer"] % moe.every or moe.top_k > moe.num_experts:
             raise UserError(
                 f"config.json puts experts in layers i % {moe.every} == {offset} of {theirs['n_layer']}, "
@@ -211,7 +211,7 @@ def read_hf_config(theirs: Mapping) -> tuple[Encoder, Moe]:
     return encoder, moe
 
 
-def read_folder(path: str | pathlib.Path) -> tuple[Encoder, Moe, dict, dict[str, str], int, pathlib.Path]:
+def read_folder(path: str | pathlib.Path) -> tuple[Encoder, Moe, dict, dict[str, str], pathlib.Path]:
     """A Hugging Face folder -> (encoder, moe, params, prompts, max_seq_length, path of the SentencePiece model).
 
     prompts is {} where the folder has none. UserError: no such file, pickled or sharded weights, another architecture.
@@ -239,7 +239,7 @@ def read_folder(path: str | pathlib.Path) -> tuple[Encoder, Moe, dict, dict[str,
     if (folder / "config_sentence_transformers.json").is_file():
         prompts = _prompts(read_json(folder / "config_sentence_transformers.json"), folder)
     params = from_tensors(read_safetensors(weights), encoder=encoder, moe=moe)
-    return encoder, moe, params, prompts, encoder.max_seq_length, tokenizer
+    return encoder, moe, params, prompts, tokenizer
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -288,7 +288,7 @@ def _rows(encoder: Encoder, moe: Moe) -> Iterator[tuple[str, list[str], str]]:
     """(our path, their name for every layer, layout). Block i of the unit in repeat r is their layer r * unit + i."""
     for ours, theirs, layout in EMBEDDING:
         yield ours, [theirs], layout
-    unit = moe.every if moe.num_experts else 1
+    unit = moe.unit_length
     for block in range(unit):
         mixture = moe.num_experts and block == unit - 1
         for ours, theirs, layout in BLOCK + (MIXTURE if mixture else DENSE):
@@ -300,7 +300,7 @@ def _sizes(encoder: Encoder, moe: Moe) -> dict[str, int]:
     return {
         "V": encoder.vocab_size, "Y": encoder.num_token_types, "D": encoder.dim, "F": encoder.ffn_dim, "G": 3,
         "H": encoder.num_heads, "K": encoder.dim // encoder.num_heads, "E": moe.num_experts,
-        "R": encoder.num_layers // (moe.every if moe.num_experts else 1),
+        "R": encoder.num_layers // moe.unit_length,
     }  # fmt: skip
 
 

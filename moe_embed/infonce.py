@@ -36,7 +36,7 @@ def infonce(
     """
     num_queries, num_documents = query_ND.shape[0], document_ND.shape[0]
     per_query = num_documents // num_queries
-    document_CD, document_id_C = sharding.gather(document_ND, "N"), sharding.gather(document_id_N, "N")
+    document_CD, document_id_C = _gather_documents(document_ND, document_id_N)
     label_N = sharding.index("N") * num_documents + jnp.arange(num_queries) * per_query
     masked_NC = jnp.broadcast_to(document_id_C < 0, (num_queries, document_id_C.shape[0]))
     if mask_duplicates:
@@ -47,7 +47,7 @@ def infonce(
     loss_N = _cross_entropy(score_NC, label_N)
     if bidirectional:
         positive_ND, positive_id_N = document_ND[::per_query], document_id_N[::per_query]
-        query_CD, positive_id_C = sharding.gather(query_ND, "N"), sharding.gather(positive_id_N, "N")
+        query_CD, positive_id_C = sharding.gather(query_ND, "N"), document_id_C[::per_query]
         label_back_N = sharding.index("N") * num_queries + jnp.arange(num_queries)
         score_back_NC = _scores(positive_ND, query_CD, temperature)
         if mask_duplicates:
@@ -58,6 +58,17 @@ def infonce(
     total = sharding.reduce(jnp.stack([loss_N.sum(), (score_NC.argmax(1) == label_N).sum().astype(jnp.float32)]), "N")
     count = document_CD.shape[0] // per_query
     return total[0] / count, {"accuracy": total[1] / count}
+
+
+def _gather_documents(document_ND: jax.Array, document_id_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every device's documents and ids in one collective, the ids' bits as one more column.
+
+    A collective of the ids alone would depend on nothing the encoder computes: XLA's CPU client may then start it on one
+    device before, on another after, the encoder's own collectives, and the two wait for each other for ever.
+    """
+    bits_N = jax.lax.bitcast_convert_type(document_id_N, jnp.float32)
+    both_CD = sharding.gather(jnp.concatenate([document_ND, bits_N[:, None]], axis=1), "N")
+    return both_CD[:, :-1], jax.lax.bitcast_convert_type(both_CD[:, -1], jnp.int32)
 
 
 def _scores(a_ND: jax.Array, b_CD: jax.Array, temperature: float) -> jax.Array:

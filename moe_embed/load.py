@@ -77,11 +77,16 @@ class Model:
                 bar.update(len(members))
         return out_ND, choices_RE
 
+    def prompt(self, name: str) -> str | None:
+        """`name` if the model has a prompt of that name, else None: what to give `encode` as its task."""
+        return name if name in self.prompts else None
+
     def _tokenise(self, texts: Sequence[str], task: str | None, max_length: int | None) -> list[np.ndarray]:
         if task is not None and task not in self.prompts:
             raise UserError(f"{self.origin} has no prompt {task!r}; it has {', '.join(self.prompts)}, or None.")
         if isinstance(texts, str):
             raise UserError("encode takes a list of texts; put the one text in a list.")
+        texts = list(texts)
         for i, text in enumerate(texts):
             if not sources.is_text(text):
                 raise UserError(f"text {i} is empty or no text: {text!r:.60}.")
@@ -89,7 +94,7 @@ class Model:
         cap = self.encoder.max_seq_length if max_length is None else min(max_length, self.encoder.max_seq_length)
         if cap < 3:
             raise UserError(f"max_length={max_length} leaves no room for a text between <s> and </s>; give 3 or more.")
-        return self.tokenizer.encode(list(texts), prompt=prompt, max_length=cap)[0]
+        return self.tokenizer.encode(texts, prompt=prompt, max_length=cap)[0]
 
 
 def _rows(ids: list[np.ndarray], *, num_devices: int):
@@ -112,7 +117,7 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
         packed = batches.Packed(
             packed.row_N[fits], packed.segment_N[fits], packed.start_N[fits], min(packed.num_rows, max_rows)
         )
-        num_rows = -(-power_of_two(packed.num_rows) // num_devices) * num_devices
+        num_rows = min(-(-power_of_two(packed.num_rows) // num_devices) * num_devices, max_rows)
         rows = batches.fill_rows([ids[i] for i in members], packed, num_rows=num_rows, row_length=row_length)
         yield members, {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}, packed
 
@@ -127,7 +132,7 @@ def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None) -> 
     if (root / DESCRIPTION).is_file():
         return _load_workdir(root, mesh)
     if (root / "config.json").is_file():
-        encoder, moe, params, prompts, _, tokenizer_path = hf_layout.read_folder(root)
+        encoder, moe, params, prompts, tokenizer_path = hf_layout.read_folder(root)
         params = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
         return Model(encoder, moe, params, tokenizer_lib.read(tokenizer_path), prompts, mesh, str(root))
     raise UserError(
@@ -152,8 +157,11 @@ def read_description(root: pathlib.Path) -> tuple[config_lib.Config, dict[str, s
     """The config and the prompts a workdir was written with."""
     try:
         description = json.loads((root / DESCRIPTION).read_text())
-        return config_lib.from_dict(description["config"]), description["prompts"]
-    except (ValueError, KeyError) as error:
+        prompts = description["prompts"]
+        if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+            raise ValueError(f"its prompts are {prompts!r}")
+        return config_lib.from_dict(description["config"]), prompts
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{root / DESCRIPTION} cannot be read ({error}); it is written by train.") from error
 
 

@@ -8,6 +8,8 @@ import time
 import numpy as np
 import tqdm
 
+from moe_embed.config import UserError
+
 SHOWN = {"loss": "loss", "accuracy": "acc", "ndcg": "dev nDCG@10", "tokens_per_second": "tok/s"}
 
 
@@ -54,6 +56,10 @@ class Writer:
         with open(self.evaluations, "a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         self._show(figures)
+        self.lap()
+
+    def lap(self) -> None:
+        """Begin the next step's time now: what went before (an evaluation, a compilation) is nobody's step."""
         self._last = time.perf_counter()
 
     def say(self, sentence: str) -> None:
@@ -90,9 +96,13 @@ def read(path: pathlib.Path) -> list[dict]:
     """The rows of a .jsonl file, none if there is no file; a last line cut short by a crash is left out."""
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif number < len(lines):
+            raise UserError(f"{path}:{number} is no row with a step; mend or remove the file.")
     return rows

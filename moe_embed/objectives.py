@@ -22,19 +22,21 @@ def encode(
     """Packed rows -> one float32 vector a text, not normalised.
 
     Returns:
-      pooled_MBSD, and RouterSums of [R, E] over all micro-batches of this device (None for a dense encoder).
+      pooled_MBSD, RouterSums of [R, E] over all micro-batches of this device (None for a dense encoder), and how many
+      real tokens those had, float32 [] (counted in the loop: a collective of it then comes after the encoder's own).
     """
 
     def micro_batch(params, rows):
         tokens_BL, segments_BL, positions_BL = rows
         hidden_BLD, sums = encoder.apply(params, tokens_BL, segments_BL, positions_BL, c=c, moe=moe)
-        return layers.mean_pool(hidden_BLD, segments_BL, num_segments=num_segments), sums
+        num_tokens = (segments_BL > 0).sum().astype(jnp.float32)
+        return layers.mean_pool(hidden_BLD, segments_BL, num_segments=num_segments), sums, num_tokens
 
     if recompute:
         micro_batch = jax.checkpoint(micro_batch)
     rows = tuple(batch[name] for name in ROWS)
-    _, (pooled_MBSD, sums) = jax.lax.scan(lambda _, rows: (None, micro_batch(params, rows)), None, rows)
-    return pooled_MBSD, jax.tree.map(lambda x: x.sum(0), sums)
+    _, (pooled_MBSD, *counted) = jax.lax.scan(lambda _, rows: (None, micro_batch(params, rows)), None, rows)
+    return pooled_MBSD, *jax.tree.map(lambda x: x.sum(0), counted)
 
 
 def normalise(x: jax.Array) -> jax.Array:
@@ -63,7 +65,7 @@ def contrastive(params: dict, batch: dict, *, config: config_lib.Config):
     Returns:
       loss [], metrics: float32 scalars, and `router_load_RE`, each expert's share of the choices times E.
     """
-    pooled_MBSD, sums = encode(params, batch, c=config.encoder, moe=config.moe,
+    pooled_MBSD, sums, num_tokens = encode(params, batch, c=config.encoder, moe=config.moe,
                                num_segments=config.data.texts_per_row, recompute=config.run.recompute)  # fmt: skip
     embedding = normalise(pooled_MBSD.reshape(-1, pooled_MBSD.shape[-1]))
     loss, metrics = infonce(
@@ -75,8 +77,7 @@ def contrastive(params: dict, batch: dict, *, config: config_lib.Config):
         mask_duplicates=config.loss.mask_duplicates,
     )
     metrics["contrastive_loss"] = loss
-    num_tokens = sharding.reduce((batch["segments_MBL"] > 0).sum().astype(jnp.float32), "B")
-    metrics["tokens"] = num_tokens
+    metrics["tokens"] = num_tokens = sharding.reduce(num_tokens, "B")
     if sums is not None:
         sums = sharding.reduce(sums, "B")
         balance = balance_loss(sums, num_tokens=num_tokens, top_k=config.moe.top_k)

@@ -102,7 +102,7 @@ def build_embed(c: config_lib.Encoder, moe: config_lib.Moe, mesh: jax.sharding.M
 
     def local(params: dict, rows: dict):
         params = sharding.vary_parameters(params)
-        pooled_MBSD, sums = objectives.encode(params, rows, c=c, moe=moe, num_segments=num_segments, recompute=False)
+        pooled_MBSD, sums, _ = objectives.encode(params, rows, c=c, moe=moe, num_segments=num_segments, recompute=False)
         return pooled_MBSD, sharding.reduce(sums, "B") if sums is not None else None
 
     @jax.jit

@@ -78,7 +78,7 @@ def experts(model: Model, texts: dict[str, list[str]]) -> str:
 
     A picture a mixture layer, and the mutual information of expert and language over the entropy of the experts.
     """
-    chosen = {lang: model.encode_with_sums(some, "document" if "document" in model.prompts else None)[1]
+    chosen = {lang: model.encode_with_sums(some, model.prompt("document"))[1]
               for lang, some in texts.items()}  # fmt: skip
     languages = list(texts)
     share = np.stack([chosen[lang] / chosen[lang].sum(-1, keepdims=True) for lang in languages])  # language, R, E

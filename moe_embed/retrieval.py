@@ -1,6 +1,7 @@
 """Exact search and the published metrics: what train, embed and evaluate measure with."""
 
 import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,19 @@ def top_k(query_ND: np.ndarray, document_CD: np.ndarray, *, k: int) -> tuple[np.
         parts.append(jax.device_get(best))
     scores, indices = zip(*parts, strict=True)
     return np.concatenate(scores), np.concatenate(indices)
+
+
+def embed_tasks(encode: Callable, tasks: Iterable[Task]) -> Iterator[tuple[Task, np.ndarray, np.ndarray]]:
+    """Each task with query_ND and document_CD, by encode(texts, "query" or "document").
+
+    A corpus that stands in consecutive tasks (cross-lingual ones share theirs) is encoded once.
+    """
+    corpus = document_CD = None
+    for task in tasks:
+        if corpus != list(task.corpus.values()):
+            corpus = list(task.corpus.values())
+            document_CD = encode(corpus, "document")
+        yield task, encode(list(task.queries.values()), "query"), document_CD
 
 
 def run_of(task: Task, query_ND: np.ndarray, document_CD: np.ndarray) -> dict[str, dict[str, float]]:

@@ -23,7 +23,18 @@ from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import DESCRIPTION, Model, prompts_of, read_description, write_description
 
-MAY_CHANGE = ("mesh.", "run.eval_every", "run.save_every", "run.keep", "run.recompute", "data.dev", "data.rows")
+# What a rerun may say otherwise. The data itself is compared by content: the fingerprint beside each checkpoint.
+MAY_CHANGE = (
+    "data.sources",
+    "data.tokenizer",
+    "mesh.",
+    "run.eval_every",
+    "run.save_every",
+    "run.keep",
+    "run.recompute",
+    "data.dev",
+    "data.rows",
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,11 +51,10 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
     """Run `config` to its last step in `workdir`, from the newest verified checkpoint if there is one."""
     mesh = sharding.make_mesh(config.mesh)
     prog = program.build(config, mesh)
-    batches, tokenizer = open_data(config, num_shards=mesh.size)
-    tasks = [sources_lib.read_task(folder, split="dev") for folder in config.data.dev]
+    batches, tokenizer, tasks = open_data(config, num_shards=mesh.size)
     say_what_will_run(config, prog, batches)
-    prepare_workdir(config, workdir, tokenizer)
     checkpoints = workdir / "checkpoints"
+    check_workdir(config, workdir)
 
     first = checkpoint.newest_verified(checkpoints, say=print)
     if first is None:
@@ -56,6 +66,7 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
             return
         print(f"continuing {workdir} from step {first} of {config.run.steps}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
+    write_description(workdir, config, tokenizer)
 
     started = time.perf_counter()
     with metrics.Writer(workdir, first_step=first, last_step=config.run.steps) as writer:
@@ -65,6 +76,9 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
             arrays = sharding.put_batch(batch.arrays, mesh=mesh)
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:
+                if unwritten is not None:
+                    write_row(writer, *unwritten)
+                    unwritten = None
                 step_of_size[num_micro] = compile_step(prog, state, arrays, writer)
             state, device_metrics = step_of_size[num_micro](state, arrays)
             if unwritten is not None:
@@ -75,23 +89,35 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
             if save or measure:
                 write_row(writer, *unwritten)  # before the save: a loss that is not finite is never kept
                 unwritten = None
-            if save:
-                checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
-            if measure:
+            if measure:  # before the save: a step that counts as saved has its evaluation
                 prompts = prompts_of(config)
                 model = Model(config.encoder, config.moe, state["params"], tokenizer, prompts, mesh, "training")
                 writer.evaluation(done, evaluate(model, tasks))
+            if save:
+                checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
+                writer.lap()
     print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
 
 
-def open_data(config: Config, *, num_shards: int) -> tuple[batches_lib.Batches, tokenizer_lib.Tokenizer]:
-    """Read the tokenizer and every source, and choose the shapes of the batches."""
-    tokenizer = tokenizer_lib.read(config.data.tokenizer)
-    sources = [
-        sources_lib.read_source(path, query=config.data.query, document=config.data.document)
-        for path in config.data.sources
-    ]
-    return batches_lib.Batches(sources, tokenizer, config, num_shards=num_shards), tokenizer
+def open_data(config: Config, *, num_shards: int):
+    """Read the tokenizer, every source and every dev task, and choose the shapes of the batches.
+
+    Returns (Batches, Tokenizer, [Task]). UserError names every file that is at fault, not only the first.
+    """
+    c, faults = config.data, []
+
+    def read(reader, *arguments, **keywords):
+        try:
+            return reader(*arguments, **keywords)
+        except UserError as error:
+            faults.extend(error.args)
+
+    tokenizer = read(tokenizer_lib.read, c.tokenizer)
+    sources = [read(sources_lib.read_source, path, query=c.query, document=c.document) for path in c.sources]
+    tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
+    if faults:
+        raise UserError(*faults)
+    return batches_lib.Batches(sources, tokenizer, config, num_shards=num_shards), tokenizer, tasks
 
 
 def due(done: int, every: int, config: Config) -> bool:
@@ -106,6 +132,7 @@ def compile_step(prog: program.Program, state: dict, arrays: dict, writer: metri
     start = time.perf_counter()
     compiled = prog.step.lower(state, arrays).compile()
     writer.say(f"compiled in {time.perf_counter() - start:.1f} s.")
+    writer.lap()
     return compiled
 
 
@@ -120,6 +147,8 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
     print(f"parameters  {total:,}, of which a token uses {active:,}")
     print(f"data        {pairs:,} pairs in {len(batches.sources)} sources; {config.data.batch_size} pairs a step, "
           f"{config.run.steps} steps = {config.run.steps * config.data.batch_size / pairs:.2f} epochs")  # fmt: skip
+    if config.optim.warmup_steps >= config.run.steps:
+        print(f"warm-up     {config.optim.warmup_steps} steps: this run ends before the learning rate reaches its peak")
     print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
 
 
@@ -133,16 +162,16 @@ def count_parameters(params: dict, config: Config) -> tuple[int, int]:
     return total, active
 
 
-def prepare_workdir(config: Config, workdir: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
-    """Make or recognise the workdir. UserError if it cannot be written or belongs to another config."""
+def check_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Make or recognise the workdir. UserError if it cannot be written, or holds checkpoints of another config."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if (workdir / DESCRIPTION).is_file():
-            before, _ = read_description(workdir)
-            refuse_changes(before, config, workdir)
-        write_description(workdir, config, tokenizer)
+        (workdir / "writable").touch()
+        (workdir / "writable").unlink()
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
+    if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
+        refuse_changes(read_description(workdir)[0], config, workdir)
 
 
 def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
@@ -179,14 +208,11 @@ def write_row(writer: metrics.Writer, step: int, device_metrics: dict, batch: ba
 
 
 def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float]:
-    """nDCG@10 on the dev tasks: {"ndcg": mean, "ndcg/<task>": ...}. A corpus shared by tasks is encoded once."""
-    figures, known = {}, {}
-    for task in tasks:
-        key = hash(tuple(task.corpus.values()))
-        if key not in known:
-            known[key] = model.encode(list(task.corpus.values()), task="document")
-        query_ND = model.encode(list(task.queries.values()), task="query")
-        found = retrieval.run_of(task, query_ND, known[key])
+    """nDCG@10 on the dev tasks: {"ndcg": mean, "ndcg/<task>": ...}."""
+    encode = lambda texts, name: model.encode(texts, model.prompt(name))  # noqa: E731
+    figures = {}
+    for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
+        found = retrieval.run_of(task, query_ND, document_CD)
         figures[f"ndcg/{task.name}"] = retrieval.measure(task, found)["ndcg@10"]
     return {"ndcg": float(np.mean(list(figures.values()))), **figures}
 

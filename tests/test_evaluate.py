@@ -120,7 +120,8 @@ def stand_in(prompts=("query", "document")):
         x_ND = np.stack([np.random.default_rng(len(text) * 1000 + ord(text[0])).normal(size=12) for text in texts])
         return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
 
-    return types.SimpleNamespace(encode=encode, prompts=dict.fromkeys(prompts, "x: "), asked=asked)
+    prompt = lambda name: name if name in prompts else None  # noqa: E731
+    return types.SimpleNamespace(encode=encode, prompt=prompt, asked=asked)
 
 
 def test_evaluate_against_a_ranking_by_hand_with_dims():

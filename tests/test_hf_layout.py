@@ -169,9 +169,9 @@ def test_folder_round_trip_with_prompts_and_length(tmp_path):
     params = write_folder(tmp_path)
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 12, "do_lower_case": false}')
     (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: ", "passage": "d: "}}')
-    encoder, moe, found, prompts, length, tokenizer = hf_layout.read_folder(tmp_path)
+    encoder, moe, found, prompts, tokenizer = hf_layout.read_folder(tmp_path)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, found))  # through the file: a view would be scrambled
-    assert (moe, length, encoder.max_seq_length, encoder.dim) == (MOE, 12, 12, 8)
+    assert (moe, encoder.max_seq_length, encoder.dim) == (MOE, 12, 8)
     assert prompts == {"query": "q: ", "passage": "d: ", "document": "d: "}
     assert tokenizer.name == "sentencepiece.bpe.model"
 

@@ -52,6 +52,13 @@ def test_prompt_dim_and_length(model):
     cut = model.encode(TEXTS, max_length=8)
     assert np.abs(cut[2] - plain[2]).max() > 1e-3
     np.testing.assert_allclose(cut[3], plain[3], atol=1e-6)
+    long = ["word " * 400]
+    np.testing.assert_allclose(model.encode(long, max_length=10_000), model.encode(long), atol=1e-6)
+    assert len(model._tokenise(long, None, 10_000)[0]) == model.encoder.max_seq_length
+
+
+def test_any_iterable_of_texts_will_do(model):
+    np.testing.assert_array_equal(model.encode(text for text in TEXTS), model.encode(TEXTS))
 
 
 def test_nothing_in_nothing_out(model):

@@ -9,6 +9,7 @@ import pytest
 
 from moe_embed import config as config_lib
 from moe_embed import objectives, program, sharding
+from moe_embed.model import encoder
 from moe_embed.model import moe as moe_lib
 from tests import tiny
 
@@ -124,17 +125,28 @@ def test_gradients_are_summed_over_devices_outside_of_every_loop(eight_devices):
     assert collectives_in(text)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_is_what_checkpoints_the_micro_batches(recompute):
+    c = tiny.config(run={"recompute": recompute})
+    batch = {name: jnp.array(array) for name, array in tiny.batches(c).batch_at(0).arrays.items()}
+    params = jax.eval_shape(lambda: encoder.init(c.encoder, c.moe, key=jax.random.key(0)))
+    text = str(jax.make_jaxpr(lambda p: objectives.contrastive(p, batch, config=c)[0])(params))
+    assert ("checkpoint" in text or "remat" in text) == recompute
+
+
 def test_steps_lower_the_loss_and_count():
     c = tiny.config(run={"steps": 12})
     mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
     prog, source = program.build(c, mesh), tiny.batches(c)
-    state, losses = prog.init(), []
+    state, losses, rates = prog.init(), [], []
     batch = sharding.put_batch(source.batch_at(0).arrays, mesh=mesh)
     for _ in range(12):
         state, metrics = prog.step(state, batch)
         losses.append(float(metrics["loss"]))
+        rates.append(float(metrics["learning_rate"]))
     assert int(state["step"]) == 12
     assert losses[-1] < losses[0] - 0.5
+    np.testing.assert_allclose(rates[:3], [0.0, 0.005, 0.01], rtol=1e-6)  # warm-up of two steps
 
 
 def test_bfloat16_keeps_float32_masters_and_is_close():

@@ -42,7 +42,9 @@ def test_training(tmp_path):
 
 def test_experts_by_hand():
     chosen = {"de": np.array([[3.0, 1.0]]), "ja": np.array([[2.0, 6.0]])}  # shares 3/4, 1/4 and 1/4, 3/4
-    model = types.SimpleNamespace(prompts={}, encode_with_sums=lambda texts, task: (None, chosen[texts[0]]))
+    model = types.SimpleNamespace(
+        prompt=lambda name: None, encode_with_sums=lambda texts, task: (None, chosen[texts[0]])
+    )
     lines = report.experts(model, {"de": ["de"], "ja": ["ja"]}).splitlines()
     assert lines[1].startswith("mixture layer 1:")
     assert "normalised mutual information 0.19" in lines[1]  # 3/4 log2(3/2) + 1/4 log2(1/2) = 0.189, over one bit

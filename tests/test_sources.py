@@ -141,10 +141,8 @@ def test_a_beir_folder(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"corpus": b""}, "corpus.jsonl holds no documents"),
         ({"corpus": lines(CORPUS) + b"x\n"}, "corpus.jsonl:4 is not JSON"),
         ({"corpus": [{"_id": 1, "text": "a"}]}, 'corpus.jsonl:1 needs the strings "_id" and "text"'),
-        ({"corpus": [*CORPUS, {"_id": "d4", "text": " "}]}, "the document d4 is empty"),
         ({"corpus": [*CORPUS, CORPUS[0]]}, "corpus.jsonl:4"),
         ({"queries": [{"_id": "q1"}]}, 'queries.jsonl:1 needs the strings "_id" and "text"'),
         ({"queries": [*QUERIES, {"_id": "q2", "text": "again"}]}, "queries.jsonl:4"),
@@ -187,3 +185,22 @@ def test_read_texts(tmp_path):
     for bad in (b'{"txt": "x"}', b'{"text": " "}', b'{"text": 3}', b'["x"]'):
         with pytest.raises(UserError, match="standard input:3 has no text"):
             sources.read_texts("standard input", stream=io.BytesIO(data + bad))
+
+
+def test_empty_documents_are_judged_but_not_in_the_corpus(tmp_path):
+    """BEIR has a few: they cannot be found, and a judgement may name them."""
+    folder = beir(tmp_path, corpus=[*CORPUS, {"_id": "d4", "text": " "}])
+    assert "d4" not in sources.read_task(str(folder)).corpus
+    assert "d4" not in sources.read_corpus(f"{folder}/corpus.jsonl")
+    (tmp_path / "empty.jsonl").write_text('{"_id": "d1", "text": ""}\n')
+    with pytest.raises(UserError, match="holds no documents"):
+        sources.read_corpus(tmp_path / "empty.jsonl")
+
+
+def test_a_blank_line_among_texts_is_named_because_row_i_is_line_i(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n\n')
+    with pytest.raises(UserError, match=r"t\.jsonl:2 is not JSON"):
+        sources.read_texts(str(path))
+    path.write_text('{"text": "a"}\n{"text": "b"}\n\n')
+    assert sources.read_texts(str(path)) == ["a", "b"]

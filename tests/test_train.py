@@ -1,20 +1,22 @@
 """The loop: a run in two halves equals a run in one, bit for bit; the workdir describes itself; faults are sentences."""
 
 import dataclasses
+import gzip
+import io
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from moe_embed import checkpoint, metrics, program, sharding, train
 from moe_embed import config as config_lib
 from moe_embed.load import load
-
-TINY = ("--config=configs/demo.py:tiny", "--config.mesh.data=1")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,6 @@ def whole(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "w"
     train.train(config, workdir=workdir)
     return workdir
-
-
-def digest(workdir, step):
-    manifest = json.loads((workdir / "checkpoints" / str(step) / checkpoint.MANIFEST).read_text())
-    return manifest["facts"]
 
 
 def test_the_workdir_describes_itself(whole, config):
@@ -78,9 +75,72 @@ def test_another_config_is_refused_by_field(whole, config):
         train.train(other, workdir=whole)
 
 
-def test_changed_data_is_refused():
+def test_changed_data_and_another_tokenizer_are_refused_and_change_nothing(whole, config, tmp_path):
+    """Checked before anything is written: a finished run keeps the tokenizer it was trained with."""
+    pairs = tmp_path / "titles.jsonl.gz"
+    pairs.write_bytes(gzip.compress(b'{"query": "a b", "document": "c d"}\n' * 64))
+    changed = dataclasses.replace(config.data, sources=(*config.data.sources[:-1], str(pairs)))
     with pytest.raises(config_lib.UserError, match="files was"):
-        train.check_fingerprint({"files": [["a", 3, 1]]}, {"files": [["a", 4, 2]]}, pathlib.Path("w"))
+        train.train(dataclasses.replace(config, data=changed), workdir=whole)
+    tokenizer = tmp_path / "tokenizer.model"
+    text = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words of a language"] * 9), model_writer=text, vocab_size=18, minloglevel=2
+    )
+    tokenizer.write_bytes(text.getvalue())
+    before = (whole / "tokenizer.model").read_bytes()
+    changed = dataclasses.replace(config.data, tokenizer=str(tokenizer))
+    with pytest.raises(config_lib.UserError, match="tokenizer was"):
+        train.train(dataclasses.replace(config, data=changed), workdir=whole)
+    assert (whole / "tokenizer.model").read_bytes() == before
+
+
+def test_the_same_files_elsewhere_are_the_same_data(whole, config, tmp_path, capsys):
+    for path in (*config.data.sources, config.data.tokenizer):
+        shutil.copy(path, tmp_path)
+    moved = [str(tmp_path / pathlib.Path(path).name) for path in (*config.data.sources, config.data.tokenizer)]
+    data = dataclasses.replace(config.data, sources=tuple(moved[:-1]), tokenizer=moved[-1])
+    train.train(dataclasses.replace(config, data=data), workdir=whole)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_run_continues_on_another_mesh_and_is_evaluated(config, tmp_path):
+    """Four steps with the batch over eight devices, four with the experts; a dev task is measured on the way."""
+    task = tmp_path / "task"
+    (task / "qrels").mkdir(parents=True)
+    (task / "corpus.jsonl").write_text(
+        "".join(f'{{"_id": "d{i}", "text": "{w}"}}\n' for i, w in enumerate(("rows", "cells")))
+    )
+    (task / "queries.jsonl").write_text('{"_id": "q0", "text": "cells"}\n')
+    (task / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\n")
+    data, run = dataclasses.replace(config.data, dev=(str(task),)), dataclasses.replace(config.run, eval_every=4)
+    config = dataclasses.replace(config, data=data, run=run)
+    train.train(config, workdir=tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "8")
+    mesh = config_lib.Mesh(data=1, expert=8)
+    train.train(dataclasses.replace(config, mesh=mesh), workdir=tmp_path / "w")
+    figures = metrics.read(tmp_path / "w" / "evaluations.jsonl")
+    assert [row["step"] for row in figures] == [4, 8]
+    assert all(row["ndcg"] == row["ndcg/task"] > 0.6 for row in figures)  # first or second of two
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_config_does_not_bind(config, tmp_path):
+    wild = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1e30, warmup_steps=0))
+    with pytest.raises(config_lib.UserError, match=r"loss of step .* is nan"):
+        train.train(wild, workdir=tmp_path / "w")
+    assert not checkpoint.steps(tmp_path / "w" / "checkpoints")
+    short = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=1))
+    train.train(short, workdir=tmp_path / "w")
+    assert checkpoint.steps(tmp_path / "w" / "checkpoints") == [1]
+
+
+def test_every_missing_file_is_named(config):
+    data = dataclasses.replace(
+        config.data, sources=("a.jsonl", "b.jsonl"), tokenizer="t.model", dev=("task",), weights=()
+    )
+    with pytest.raises(config_lib.UserError) as error:
+        train.open_data(dataclasses.replace(config, data=data), num_shards=1)
+    assert all(name in str(error.value) for name in ("a.jsonl", "b.jsonl", "t.model", "task"))
 
 
 def test_parameters_are_counted_as_a_token_meets_them(config):

@@ -33,13 +33,18 @@ class Packed:
 
 
 def pack(lengths: Sequence[int], *, row_length: int, texts_per_row: int) -> Packed:
-    """Best-fit decreasing: the longest text first, each into the fullest row that still holds it. Deterministic."""
+    """Best-fit decreasing: the longest text first, each into the fullest row that still holds it. Deterministic.
+
+    A text of length 0 takes no place; it is said to be in row 0, segment 0.
+    """
     lengths = np.asarray(lengths, np.int32)
     row_N, segment_N, start_N = (np.zeros(len(lengths), np.int32) for _ in range(3))
     open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the space they have left
     used, texts = [], []
     for n in np.argsort(-lengths, kind="stable"):
         length = int(lengths[n])
+        if not length:
+            break
         space = next((s for s in range(length, row_length) if open_rows[s]), None)
         if space is None:
             row = len(used)
@@ -106,6 +111,7 @@ class Batches:
         files = [[source.path.rsplit("/", 1)[-1], len(source.pairs), source.digest] for source in self.sources]
         return {
             "files": files,
+            "tokenizer": zlib.crc32(self.tokenizer.model_bytes),
             "seed": self.mixture.seed,
             "batch_size": self.c.batch_size,
             "weights": list(self.c.weights),
@@ -152,14 +158,16 @@ class Batches:
         texts, ids = [], []
         for pair in pairs:
             negatives = pair.negatives[:h]
-            texts += [pair.document, *negatives] + [pair.document] * (h - len(negatives))  # fillers are masked by id -1
+            texts += [pair.document, *negatives]
             ids += [document_id(text) for text in (pair.document, *negatives)] + [-1] * (h - len(negatives))
         queries, cut_queries = self.tokenizer.encode(
             [pair.query for pair in pairs], prompt=self.c.query_prompt, max_length=self.c.query_length
         )
-        documents, cut_documents = self.tokenizer.encode(
+        encoded, cut_documents = self.tokenizer.encode(
             texts, prompt=self.c.document_prompt, max_length=self.c.document_length
         )
+        there = iter(encoded)
+        documents = [next(there) if i >= 0 else np.zeros(0, np.int32) for i in ids]  # a missing negative has no tokens
         return source, queries, documents, np.asarray(ids, np.int32), (cut_queries, cut_documents)
 
     def _shards(self, queries, documents) -> Iterator[list[np.ndarray]]:

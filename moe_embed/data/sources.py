@@ -61,7 +61,7 @@ def read_task(folder: str, *, split: str = "test") -> Task:
     for path in (root / "corpus.jsonl", root / "queries.jsonl", qrels):
         if not path.is_file():
             raise UserError(f"{folder} is not a BEIR folder with the split {split!r}: {path} does not exist.")
-    corpus = read_corpus(root / "corpus.jsonl")
+    documents = _read_documents(root / "corpus.jsonl")
     texts = {row["_id"]: row["text"] for _, row in _beir_rows(root / "queries.jsonl")}
     relevance: dict[str, dict[str, int]] = {}
     header, *lines = _decode(qrels, _read_bytes(str(qrels))).splitlines() or [""]
@@ -72,23 +72,23 @@ def read_task(folder: str, *, split: str = "test") -> Task:
         if len(fields) != 3 or not GRADE.fullmatch(fields[2]):
             raise UserError(f"{qrels}:{number} is not 'query-id<TAB>corpus-id<TAB>grade'.")
         query_id, document_id, grade = fields
-        if query_id not in texts or document_id not in corpus:
+        if query_id not in texts or document_id not in documents:
             raise UserError(f"{qrels}:{number} names {query_id} and {document_id}; one of them does not exist.")
         relevance.setdefault(query_id, {})[document_id] = int(grade)
     if not relevance:
         raise UserError(f"{qrels} judges no query.")
+    for query_id in relevance:
+        if not is_text(texts[query_id]):
+            raise UserError(f"{root / 'queries.jsonl'}: the query {query_id} is empty or no text.")
+    corpus = {document_id: text for document_id, text in documents.items() if is_text(text)}  # BEIR has empty ones
     return Task(root.name, corpus, {query_id: texts[query_id] for query_id in relevance}, relevance)
 
 
 def read_corpus(path: str | pathlib.Path) -> dict[str, str]:
-    """A BEIR corpus.jsonl: document id -> text, title first. UserError names file, line and fault."""
-    path = pathlib.Path(path)
-    corpus = {row["_id"]: _document(row) for _, row in _beir_rows(path)}
+    """A BEIR corpus.jsonl: document id -> text, title first, without the empty ones. UserError names file and fault."""
+    corpus = {document_id: text for document_id, text in _read_documents(pathlib.Path(path)).items() if is_text(text)}
     if not corpus:
         raise UserError(f"{path} holds no documents.")
-    for document_id, text in corpus.items():
-        if not is_text(text):
-            raise UserError(f"{path}: the document {document_id} is empty or no text.")
     return corpus
 
 
@@ -96,11 +96,15 @@ def read_texts(path: str, *, stream=None) -> list[str]:
     """The "text" of each line of a JSONL file (or of `stream`); UserError names the line that has none."""
     data = _read_bytes(path) if stream is None else stream.read()
     texts = []
-    for where, row in _json_rows(path, data):
+    for where, row in _json_rows(path, data, every_line=True):
         if not isinstance(row, dict) or not is_text(row.get("text")):
             raise UserError(f'{where} has no text; each line is {{"text": "..."}} with something in it.')
         texts.append(row["text"])
     return texts
+
+
+def _read_documents(path: pathlib.Path) -> dict[str, str]:
+    return {row["_id"]: _document(row) for _, row in _beir_rows(path)}
 
 
 def is_text(value) -> bool:
@@ -134,9 +138,11 @@ def _rows(path: str, data: bytes) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path} is no file of pairs we read; its name ends in .jsonl, .jsonl.gz or .csv.")
 
 
-def _json_rows(path, data: bytes) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(_decode(path, data).split("\n"), start=1):
-        if not line.strip():
+def _json_rows(path, data: bytes, *, every_line: bool = False) -> Iterator[tuple[str, dict]]:
+    """(file:line, value) of each line; blank lines are passed over, unless a line's place matters (`every_line`)."""
+    lines = _decode(path, data).rstrip().split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() and (not every_line or len(lines) == 1):
             continue
         try:
             yield f"{path}:{number}", json.loads(line)

@@ -40,7 +40,7 @@ class Unit(nnx.Module):
     """The blocks that repeat; the names "0", "1", ... are their places."""
 
     def __init__(self, c: config_lib.Encoder, moe: config_lib.Moe, *, rngs: nnx.Rngs):
-        self.num_blocks = moe.every if moe.num_experts else 1
+        self.num_blocks = moe.unit_length
         for i in range(self.num_blocks):
             is_mixture = moe.num_experts > 0 and i == self.num_blocks - 1
             setattr(self, str(i), Block(c, moe if is_mixture else None, rngs=rngs))
@@ -58,7 +58,7 @@ class Encoder(nnx.Module):
     def __init__(self, c: config_lib.Encoder, moe: config_lib.Moe, *, rngs: nnx.Rngs):
         self.c = c
         self.embedding = layers.Embedding(c, rngs=rngs)
-        repeats = c.num_layers // (moe.every if moe.num_experts else 1)
+        repeats = c.num_layers // moe.unit_length
 
         @nnx.split_rngs(splits=repeats)
         @nnx.vmap(in_axes=0, out_axes=0)

@@ -12,16 +12,16 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import sentence_transformers
 import sentencepiece
+import torch
+import transformers
 
 from moe_embed import config, export, hf_layout, sharding
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, load
 from moe_embed.model import encoder as encoder_lib
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 pytestmark = pytest.mark.parity
 TOLERANCE = 1e-5
 
