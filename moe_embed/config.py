@@ -9,12 +9,10 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
-import os
 import pathlib
-import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -37,6 +35,9 @@ class Encoder:
     ffn_dim: int
     max_seq_length: int  # tokens; what encode() reads of a text, queries and documents alike
     num_token_types: int = 1
+    position: str = "rotary"  # or "learned": a table of num_positions rows, added to the embedding (BERT, XLM-R)
+    num_positions: int = 0
+    position_offset: int = 0  # the table's row for a text's first token: 0 in BERT, 2 in XLM-R
     rotary_base: float = 10_000.0
     norm_epsilon: float = 1e-5
     dtype: str = "float32"  # of the matrix products; masters, router, norms, pooling and loss stay float32
@@ -62,8 +63,10 @@ class Data:
 
     sources: tuple[str, ...]  # files of pairs; a global batch comes from one of them
     tokenizer: str  # a SentencePiece model
-    batch_size: int  # pairs in a global batch
-    weights: tuple[float, ...] = ()  # how often each source is drawn; () is in proportion to its pairs
+    batch_size: int  # pairs in a global batch; for the objective mlm: packed rows
+    weights: tuple[float, ...] = ()  # how often each source is drawn; () is in proportion to its size ** smoothing
+    by_language: bool = False  # also one language per global batch, each drawn in proportion to its size ** smoothing
+    smoothing: float = 1.0  # 0.3 for Nomic's MLM: small languages are drawn more often than their share
     query: str = "query"  # column names
     document: str = "document"
     query_prompt: str = "search_query: "
@@ -71,6 +74,9 @@ class Data:
     query_length: int = 32  # tokens; longer queries are cut, and counted
     document_length: int = 256
     num_negatives: int = 0  # hard negatives taken from a pair's "negatives"
+    teacher: str = (
+        ""  # vectors to distil: pairs.jsonl + ".<teacher>.query.npy" and ".document.npy", a row for each pair
+    )
     row_length: int = 512  # tokens L in a packed row
     rows: int = 32  # packed rows B of one micro-batch on one device
     texts_per_row: int = 64  # at most S texts share a row
@@ -79,11 +85,19 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-    """InfoNCE over the documents of the global batch, and the router's balance loss."""
+    """What is minimised: InfoNCE over the documents of the global batch, or masked language modelling; and the balance loss."""
 
+    objective: str = "contrastive"  # or "mlm"
     temperature: float = 0.02
     bidirectional: bool = False  # also document -> query, averaged (the paper: query -> document only)
-    mask_duplicates: bool = True  # a copy of the positive document is no negative
+    mask_duplicates: bool = True  # a copy of the positive document, or a positive of the same query, is no negative
+    false_negative_margin: float = 2.0  # nor is a document that scores above positive + margin; cosines differ by <= 2
+    dims: tuple[int, ...] = ()  # Matryoshka (arXiv 2205.13147): the loss on these prefixes too; () is the whole vector
+    dim_weights: tuple[float, ...] = ()  # one for each of dims; () is 1 each
+    distill: str = ""  # teacher's view to match: "scores" of a pair's own documents, or "embeddings" of the batch
+    distill_weight: float = 1.0
+    distill_temperature: float = 0.02  # of the teacher's scores
+    mask_fraction: float = 0.3  # of the pieces in an mlm row: 80 % become <mask>, 10 % another piece, 10 % stay
     balance_coefficient: float = 1.0
 
 
@@ -99,6 +113,9 @@ class Optim:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_norm: float = 1.0
+    freeze_embedding: bool = (
+        False  # the piece table stays as it is: 192M of the 475M parameters, and no moments for them
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +156,9 @@ class Config:
 SECTIONS = typing.get_type_hints(Config)
 CHOICES = {
     "encoder.dtype": ("float32", "bfloat16"),
+    "encoder.position": ("rotary", "learned"),
+    "loss.objective": ("contrastive", "mlm"),
+    "loss.distill": ("", "scores", "embeddings"),
     "optim.schedule": ("cosine", "linear", "inverse_sqrt", "constant"),
 }
 
@@ -188,6 +208,15 @@ def from_dict(tree: dict, *, faults: Sequence[str] = ()) -> Config:
     if faults:
         raise UserError(*faults)
     return Config(**sections)
+
+
+def section(name: str, values: dict):
+    """One section of a config ("encoder") from a plain dict; raises UserError with all its faults."""
+    faults: list[str] = []
+    built = _build(SECTIONS[name], values, name, faults)
+    if faults:
+        raise UserError(*faults)
+    return built
 
 
 def to_dict(config: Config) -> dict:
@@ -248,7 +277,7 @@ def _build(kind: type, values: dict, section: str, faults: list[str]):
             good[key] = _cast(value, hints[key])
             allowed = CHOICES[f"{section}.{key}"] if f"{section}.{key}" in CHOICES else (value,)
             if value not in allowed:
-                faults.append(f"{where} is {value!r}; it must be one of {', '.join(allowed)}.")
+                faults.append(f"{where} is {value!r}; it must be one of {', '.join(a or repr(a) for a in allowed)}.")
     for key, field in fields.items():
         if key not in values and field.default is dataclasses.MISSING:
             faults.append(f"config.{section}.{key} is missing; it must be {_name(hints[key])}.")
@@ -275,18 +304,42 @@ def _cast(value, kind):
 
 def _name(kind) -> str:
     if isinstance(kind, types.GenericAlias):
-        return {str: "a list of strings", float: "a list of numbers"}[typing.get_args(kind)[0]]
+        return {str: "a list of strings", float: "a list of numbers", int: "a list of integers"}[
+            typing.get_args(kind)[0]
+        ]
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
 
 
 def _contradictions(c: Config) -> list[str]:
     """Faults that need more than one field to see."""
+    longest = max(c.encoder.max_seq_length, c.data.query_length, c.data.document_length)
+    longest = max(longest, c.data.row_length) if c.loss.objective == "mlm" else longest  # there a text may fill a row
     rules = [
         (c.encoder.num_layers % max(c.moe.unit_length, 1) == 0,
          f"config.encoder.num_layers={c.encoder.num_layers} is not divisible by config.moe.every={c.moe.every}."),
         (c.encoder.num_heads > 0 and c.encoder.dim % (2 * max(c.encoder.num_heads, 1)) == 0,
          f"config.encoder.dim={c.encoder.dim} must be a multiple of twice config.encoder.num_heads="
          f"{c.encoder.num_heads}: rotary positions turn pairs of a head's dims."),
+        (c.encoder.position != "learned" or longest <= c.encoder.num_positions - c.encoder.position_offset,
+         f"config.encoder.num_positions={c.encoder.num_positions} - position_offset={c.encoder.position_offset} learned "
+         f"positions are fewer than the {longest} tokens of max_seq_length, query_length, document_length or, "
+         "for mlm, row_length."),
+        (c.encoder.position == "learned" or (c.encoder.num_positions, c.encoder.position_offset) == (0, 0),
+         'config.encoder.num_positions and position_offset belong to config.encoder.position="learned".'),
+        (all(0 < dim <= c.encoder.dim for dim in c.loss.dims) and len(set(c.loss.dims)) == len(c.loss.dims),
+         f"config.loss.dims={c.loss.dims} must be different numbers between 1 and config.encoder.dim={c.encoder.dim}."),
+        (len(c.loss.dim_weights) in (0, len(c.loss.dims)) and all(w > 0 for w in c.loss.dim_weights),
+         f"config.loss.dim_weights={c.loss.dim_weights} must be one positive number for each of dims={c.loss.dims}."),
+        (c.loss.distill != "scores" or c.data.num_negatives > 0,
+         'config.loss.distill="scores" compares a pair\'s documents; it needs config.data.num_negatives of 1 or more.'),
+        (bool(c.data.teacher) == (c.loss.distill == "embeddings"),
+         'config.data.teacher names the vectors of config.loss.distill="embeddings"; set both or neither.'),
+        (0 < c.loss.mask_fraction < 1, f"config.loss.mask_fraction={c.loss.mask_fraction} must be between 0 and 1."),
+        (c.loss.distill_temperature > 0,
+         f"config.loss.distill_temperature={c.loss.distill_temperature} must be positive."),
+        (c.loss.objective != "mlm" or not (c.run.eval_every or c.data.num_negatives or c.loss.distill),
+         "config.loss.objective=mlm reads texts: leave config.run.eval_every, config.data.num_negatives and "
+         "config.loss.distill out."),
         (c.moe.num_experts == 0 or 1 <= c.moe.top_k <= c.moe.num_experts,
          f"config.moe.top_k={c.moe.top_k} must be between 1 and config.moe.num_experts={c.moe.num_experts}."),
         (max(c.data.query_length, c.data.document_length) <= c.data.row_length,
@@ -316,9 +369,9 @@ def _contradictions(c: Config) -> list[str]:
             rules.append((value > 0, f"config.{section}.{key}={value} must be positive."))
     not_negative = {
         "optim": ("learning_rate", "warmup_steps", "weight_decay"),
-        "data": ("num_negatives",),
+        "data": ("num_negatives", "smoothing"),
         "moe": ("num_experts",),
-        "loss": ("balance_coefficient",),
+        "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
         "run": ("seed", "eval_every"),
     }
     for section, keys in not_negative.items():
@@ -328,41 +381,3 @@ def _contradictions(c: Config) -> list[str]:
     rules.append((c.run.seed < 2**63, f"config.run.seed={c.run.seed} does not fit 63 bits."))
     rules.append((bool(c.data.sources), "config.data.sources is empty; name at least one file of pairs."))
     return [sentence for holds, sentence in rules if not holds]
-
-
-def check_output(path: pathlib.Path, flag: str) -> None:
-    """UserError, before any work, when a file cannot be written at `path`: a missing folder, or a folder in its place."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.absolute().parent}"
-        raise UserError(f"{flag}={path} {what}; name a file in a folder that exists.")
-
-
-def run_verb(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
-    """Run a verb's main(argv): exit 0, or 2 with the sentences of a UserError. Also the process-wide jax settings."""
-    import jax  # here: the door itself is plain Python
-
-    accelerators = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/vfio", "/dev/kfd", "/dev/dxg")
-    if "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, accelerators)):
-        jax.config.update("jax_platforms", "cpu")  # else an installed libtpu or CUDA plugin is probed, with a warning
-    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moe_embed/xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    try:
-        status = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("\nstopped.", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except RuntimeError as error:
-        if "initialize backend" not in str(error):
-            raise
-        print(
-            f"error: jax finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {error}", file=sys.stderr
-        )
-        status = 2
-    sys.exit(status or 0)

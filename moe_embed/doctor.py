@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import moe_embed
-from moe_embed import config as config_lib
+from moe_embed import verb
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "tensorflow-datasets",
             "ml-collections", "torch", "transformers", "sentence-transformers")  # fmt: skip
@@ -88,4 +88,4 @@ def _bfloat16(device) -> str:
 
 
 if __name__ == "__main__":
-    config_lib.run_verb(main)
+    verb.run(main)

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed import config as config_lib
-from moe_embed import retrieval
+from moe_embed import retrieval, verb
 from moe_embed.config import UserError
 from moe_embed.data import sources
 from moe_embed.load import Model, load
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.top_k < 1:
         raise UserError(f"--top_k={arguments.top_k} shows nothing; give 1 or more.")
     if arguments.output:
-        config_lib.check_output(arguments.output, "--output")
+        verb.check_output(arguments.output, "--output")
     texts = _read(arguments.input) if arguments.input else None
     if arguments.search:
         corpus = list(sources.read_corpus(arguments.search).values())
@@ -86,4 +85,4 @@ def _read(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    config_lib.run_verb(main)
+    verb.run(main)

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
-from moe_embed import config as config_lib
-from moe_embed import retrieval
+from moe_embed import retrieval, verb
 from moe_embed.config import UserError
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if not (arguments.model and arguments.task and arguments.output):
         parser.error("give --model, --task and --output, or --show=R.json")
-    config_lib.check_output(arguments.output, "--output")
+    verb.check_output(arguments.output, "--output")
     folders = [folder for folder in arguments.task.split(",") if folder]
     if not folders:
         raise UserError(f"--task={arguments.task} names no folder.")
@@ -171,4 +170,4 @@ def _cut(x_ND: np.ndarray, dim: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    config_lib.run_verb(main)
+    verb.run(main)

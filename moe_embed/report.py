@@ -1,17 +1,20 @@
 """A run at a glance, in the terminal: the loss, the held-out figures, and which experts read which language.
 
-python -m moe_embed.report --workdir=runs/demo
+    python -m moe_embed.report --workdir=runs/demo
+    python -m moe_embed.report --workdir=runs/ablations/top1-seed0,runs/ablations/top1-seed1,runs/ablations/top2-seed0
+
+Several runs become a table of their last dev figures, runs that differ in -seedN alone in one row.
 """
 
 import argparse
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed import config as config_lib
-from moe_embed import metrics
-from moe_embed.config import UserError
+from moe_embed import metrics, verb
+from moe_embed.config import Config, UserError
 from moe_embed.data import sources
 from moe_embed.load import DESCRIPTION, Model, load, read_description
 
@@ -25,15 +28,35 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moe_embed.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="what train wrote")
-    workdir = parser.parse_args(argv).workdir
+    parser.add_argument("--workdir", required=True, help="what train wrote; several, separated by commas, are compared")
+    workdirs = [pathlib.Path(part) for part in parser.parse_args(argv).workdir.split(",") if part]
+    if len(workdirs) != 1:
+        print(comparison(workdirs))
+        return
+    workdir = workdirs[0]
     if not (workdir / DESCRIPTION).is_file():
         raise UserError(f"{workdir} is no workdir: it has no {DESCRIPTION}; train writes one.")
     print(training(workdir))
-    config, _ = read_description(workdir)
+    config = read_description(workdir).config
     texts = texts_by_language(config)
     if config.moe.num_experts and texts:
         print(experts(load(workdir), texts))
+
+
+def comparison(workdirs: Sequence[pathlib.Path]) -> str:
+    """A row for each group of runs, NAME-seed0, NAME-seed1, ...: the last dev nDCG@10 in %, mean, spread and each run's."""
+    groups: dict[str, list[float]] = {}
+    for workdir in workdirs:
+        rows = metrics.read(workdir / "evaluations.jsonl")
+        if not rows:
+            raise UserError(f"{workdir} has no evaluations; train it with config.data.dev and config.run.eval_every.")
+        groups.setdefault(re.sub(r"-seed[0-9]+$", "", workdir.name), []).append(100 * rows[-1]["ndcg"])
+    width = max(map(len, groups))
+    lines = [f"{'run':<{width}}  dev nDCG@10   spread  each seed"]
+    for name, values in groups.items():
+        spread = f"{np.std(values, ddof=1):7.2f}" if len(values) > 1 else "      -"
+        lines.append(f"{name:<{width}}  {np.mean(values):11.1f}  {spread}  {', '.join(f'{v:.1f}' for v in values)}")
+    return "\n".join(lines) + "\n(spread: standard deviation over seeds)"
 
 
 def training(workdir: pathlib.Path) -> str:
@@ -63,7 +86,7 @@ def sparkline(values: np.ndarray) -> str:
     return "".join(BARS[int(7 * (mean - means.min()) / span) if span else 0] for mean in means)
 
 
-def texts_by_language(config: config_lib.Config) -> dict[str, list[str]]:
+def texts_by_language(config: Config) -> dict[str, list[str]]:
     """The first documents of each language in the run's monolingual pairs (`lang` without a "-")."""
     texts: dict[str, list[str]] = {}
     for path in config.data.sources:
@@ -97,4 +120,4 @@ def experts(model: Model, texts: dict[str, list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    config_lib.run_verb(main)
+    verb.run(main)

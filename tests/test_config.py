@@ -70,6 +70,13 @@ def test_a_config_is_frozen():
         ("data__sources", (1,), "a list of"),
         ("data__weights", ("x",), "a list of"),
         ("data__weights", (True,), "a list of"),
+        ("encoder__position", "rotatory", "one of rotary, learned"),
+        ("loss__objective", "clm", "one of contrastive, mlm"),
+        ("loss__distill", "logits", "one of '', scores, embeddings"),
+        ("loss__dims", 32, "a list of integers"),
+        ("loss__dims", (1.5,), "a list of integers"),
+        ("loss__dim_weights", ("x",), "a list of numbers"),
+        ("optim__freeze_embedding", "no", "true or false"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_work(name, value, wanted):
@@ -112,6 +119,8 @@ def test_a_section_that_is_no_section():
     assert "config.moe" in sentence
 
 
+LEARNED = {"encoder__position": "learned", "encoder__num_positions": 130, "encoder__position_offset": 2}
+MLM = {"loss__objective": "mlm", "run__eval_every": 0}
 CONTRADICTIONS = [
     ({"encoder__num_layers": 3}, "config.moe.every=2"),
     ({"encoder__num_heads": 32}, "config.encoder.num_heads=32"),
@@ -136,13 +145,74 @@ CONTRADICTIONS = [
     ({"data__num_negatives": -1}, "config.data.num_negatives"),
     ({"run__eval_every": -1}, "config.run.eval_every"),
     ({"run__seed": -1}, "config.run.seed"),
+    ({"run__seed": 2**63}, "does not fit 63 bits"),
+    ({"encoder__num_positions": 130}, 'belong to config.encoder.position="learned"'),
+    ({"encoder__position_offset": 2}, 'belong to config.encoder.position="learned"'),
+    (LEARNED | {"encoder__num_positions": 129}, "num_positions=129 - position_offset=2"),
+    (LEARNED | {"encoder__num_positions": 0, "encoder__position_offset": 0}, "are fewer than the 128 tokens"),
+    (LEARNED | {"data__query_length": 200, "data__row_length": 256}, "are fewer than the 200 tokens"),
+    (LEARNED | MLM | {"data__row_length": 256}, "are fewer than the 256 tokens"),  # a text may fill a row
+    ({"loss__dims": (32, 64)}, "config.loss.dims=(32, 64)"),
+    ({"loss__dims": (32, 0)}, "config.loss.dims=(32, 0)"),
+    ({"loss__dims": (32, 32)}, "config.loss.dims=(32, 32)"),
+    ({"loss__dims": (32, 8), "loss__dim_weights": (1.0,)}, "config.loss.dim_weights=(1.0,)"),
+    ({"loss__dims": (32, 8), "loss__dim_weights": (1.0, 0.0)}, "config.loss.dim_weights=(1.0, 0.0)"),
+    ({"loss__dim_weights": (1.0,)}, "config.loss.dim_weights=(1.0,)"),
+    ({"loss__distill": "scores"}, "it needs config.data.num_negatives of 1 or more"),
+    ({"loss__distill": "embeddings"}, "set both or neither"),
+    ({"data__teacher": "big"}, "set both or neither"),
+    ({"loss__distill": "scores", "data__num_negatives": 1, "data__teacher": "big"}, "set both or neither"),
+    ({"loss__distill_temperature": 0.0}, "config.loss.distill_temperature=0.0"),
+    ({"loss__distill_weight": -1.0}, "config.loss.distill_weight"),
+    ({"loss__false_negative_margin": -0.1}, "config.loss.false_negative_margin"),
+    ({"loss__mask_fraction": 0.0}, "config.loss.mask_fraction=0.0"),
+    ({"loss__mask_fraction": 1.0}, "config.loss.mask_fraction=1.0"),
+    (MLM | {"run__eval_every": 5}, "config.loss.objective=mlm reads texts"),
+    (MLM | {"data__num_negatives": 1}, "config.loss.objective=mlm reads texts"),
+    ({"data__smoothing": -0.1}, "config.data.smoothing"),
 ]
+FITS = [
+    LEARNED, MLM, LEARNED | MLM, {"loss__dims": (8, 32), "loss__dim_weights": (2, 1)}, {"loss__dims": [16]},
+    {"loss__distill": "scores", "data__num_negatives": 1}, {"loss__distill": "embeddings", "data__teacher": "big"},
+    {"loss__false_negative_margin": 0}, {"data__smoothing": 0}, {"run__seed": 2**63 - 1},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "named"), CONTRADICTIONS, ids=[named for _, named in CONTRADICTIONS])
 def test_a_contradiction_is_named(changes, named):
     sentences = faults(tree(**changes))
     assert any(named in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("changes", FITS, ids=[" ".join(changes) for changes in FITS])
+def test_what_fits_together_is_taken(changes):
+    config = config_lib.to_dict(config_lib.from_dict(tree(**changes)))
+    for name, value in changes.items():
+        section, key = name.split("__")
+        assert config[section][key] == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_one_section_alone():
+    values = config_lib.to_dict(config_lib.load(TINY))["encoder"]
+    assert config_lib.section("encoder", values) == config_lib.load(TINY).encoder
+    assert config_lib.section("moe", {}) == config_lib.Moe()
+    with pytest.raises(UserError) as caught:
+        config_lib.section("encoder", values | {"dim": "32", "positions": "learned", "dtype": "float16"})
+    assert sorted(caught.value.args) == [
+        "config.encoder.dim is '32'; it must be an integer.",
+        "config.encoder.dtype is 'float16'; it must be one of float32, bfloat16.",
+        "config.encoder.positions is not a key; did you mean position?",
+    ]
+    with pytest.raises(UserError, match=r"config\.optim\.learning_rate is missing"):
+        config_lib.section("optim", {})
+
+
+def test_overrides_of_lists_of_integers():
+    assert overridden("loss.dims=32,8").loss.dims == (32, 8)
+    assert overridden("loss.dims=16").loss.dims == (16,)
+    assert overridden("loss.dims=()").loss.dims == ()
+    with pytest.raises(UserError, match="a list of integers"):
+        overridden("loss.dims=32,x")
 
 
 def test_contradictions_come_together():

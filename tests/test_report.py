@@ -89,3 +89,17 @@ def test_texts_by_language(tmp_path, monkeypatch):
 def test_a_folder_that_is_no_workdir(tmp_path):
     with pytest.raises(UserError, match=r"is no workdir: it has no workdir\.json"):
         report.main([f"--workdir={tmp_path}"])
+
+
+def test_several_runs_become_a_table_by_group(tmp_path):
+    for name, ndcg in (("a-seed0", 0.5), ("a-seed1", 0.52), ("b-seed0", 0.4)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluations.jsonl").write_text(
+            f'{{"step": 0, "ndcg": 0.1}}\n{{"step": 9, "ndcg": {ndcg}}}\n'
+        )
+    lines = report.comparison([tmp_path / name for name in ("a-seed0", "a-seed1", "b-seed0")]).splitlines()
+    assert lines[1].split() == ["a", "51.0", "1.41", "50.0,", "52.0"]
+    assert lines[2].split() == ["b", "40.0", "-", "40.0"]
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match="has no evaluations"):
+        report.comparison([tmp_path / "c", tmp_path / "a-seed0"])

@@ -1,0 +1,129 @@
+"""How a verb ends: an exit code, sentences on stderr, and jax set up as the machine needs it."""
+
+import io
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from moe_embed import verb
+from moe_embed.config import UserError
+
+
+def ends(main, *arguments, monkeypatch) -> int | None:
+    """The code a verb with this main exits with."""
+    monkeypatch.setattr(sys, "argv", ["verb", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        verb.run(main)
+    return caught.value.code
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1), (3, 3)])
+def test_what_main_returns_is_the_exit_code(returned, code, monkeypatch, capsys):
+    seen = []
+    assert ends(lambda argv: seen.append(argv) or returned, "--a=1", "b", monkeypatch=monkeypatch) == code
+    assert seen == [["--a=1", "b"]]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("a.jsonl does not exist."), 2, "error: a.jsonl does not exist.\n"),
+        (UserError("one.", "two."), 2, "error: one.\nerror: two.\n"),
+        (KeyboardInterrupt(), 130, "\nstopped.\n"),
+        (RuntimeError("Unable to initialize backend 'tpu': none"), 2,
+         "error: jax finds no device for JAX_PLATFORMS=tpu: Unable to initialize backend 'tpu': none\n"),
+    ],
+    ids=["a sentence", "two sentences", "ctrl-c", "no device"],
+)  # fmt: skip
+def test_a_fault_of_the_user_is_sentences_and_a_code(error, code, said, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert ends(raising(error), monkeypatch=monkeypatch) == code
+    assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("UserError"), TypeError()])
+def test_a_fault_of_ours_keeps_its_traceback(error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["verb"])
+    with pytest.raises(type(error)) as caught:
+        verb.run(raising(error))
+    assert caught.value is error
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_has_gone_is_no_fault(monkeypatch, capsys):
+    """A pipe nobody reads: the first print fails, and what is still in the buffer goes nowhere at exit."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with io.TextIOWrapper(os.fdopen(writing, "wb", 0), write_through=True) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert ends(lambda argv: print("x"), monkeypatch=monkeypatch) == 141
+        print("y", flush=True)  # BrokenPipeError again, were it still the pipe
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_has_gone_is_no_fault_for_what_waits_in_the_buffer_either():
+    """`| head -1` of a few lines: nothing is written before the end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from moe_embed import verb; verb.run(lambda argv: print('x'))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True,
+                          env=environment, check=False)  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("device", "platforms", "expected"),
+    [(None, None, "cpu"), ("/dev/nvidiactl", None, None), ("/dev/accel0", None, None), (None, "cuda", None)],
+)
+def test_jax_is_told_to_use_the_cpu_only_where_nothing_else_is(device, platforms, expected, monkeypatch):
+    """Else an installed plugin is probed, with a warning; a JAX_PLATFORMS of the user's own stands."""
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    monkeypatch.setattr(os.path, "exists", lambda path: path == device)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert ends(lambda argv: 0, monkeypatch=monkeypatch) == 0
+    assert (updates["jax_platforms"] if "jax_platforms" in updates else None) == expected
+    assert updates["jax_compilation_cache_dir"] == os.path.expanduser("~/.cache/moe_embed/xla")
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == updates["jax_compilation_cache_dir"]  # for child processes
+
+
+def test_the_users_own_cache_stands(monkeypatch):
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    assert ends(lambda argv: 0, monkeypatch=monkeypatch) == 0
+    assert updates["jax_compilation_cache_dir"] == "/elsewhere"
+
+
+def test_an_output_is_checked_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "old.jsonl").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    for path in ("new.jsonl", "old.jsonl"):
+        verb.check_output(tmp_path / path, "--output")
+        verb.check_output((tmp_path / path).relative_to(tmp_path), "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]  # nothing is made, nothing is lost
+    with pytest.raises(
+        UserError, match=r"--output=.*a/b\.jsonl cannot be written: there is no folder .*/a; name a file"
+    ):
+        verb.check_output(tmp_path / "a" / "b.jsonl", "--output")
+    with pytest.raises(UserError, match=r"--to=.* is a folder; name a file"):
+        verb.check_output(tmp_path, "--to")
+    with pytest.raises(UserError, match="there is no folder"):
+        verb.check_output(tmp_path / "old.jsonl" / "b.jsonl", "--output")
