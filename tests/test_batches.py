@@ -78,7 +78,7 @@ def assert_holds_its_texts(made: batches_lib.Batches, step: int) -> None:
     real = batch.arrays["segments_MBL"] > 0
     assert real.sum() == total  # nothing beside the texts
     assert np.all(batch.arrays["tokens_MBL"][~real] == tokenizer_lib.PAD)
-    assert batch.useful == pytest.approx(real.mean())
+    assert batch.counts["useful"] == pytest.approx(real.mean())
 
 
 @pytest.mark.parametrize(("row_length", "texts_per_row", "longest"), [(64, 16, 64), (50, 3, 20), (512, 16, 256)])
@@ -169,26 +169,26 @@ def test_the_worst_case_fits(tokenizer, monkeypatch, row_length, texts_per_row):
     assert 0 not in full
     for step in full:
         assert_holds_its_texts(made, step)
-        assert (made.batch_at(step).cut_queries, made.batch_at(step).cut_documents) == (16, 16)
-    assert made.batch_at(0).cut_queries == 0
+        assert tuple(made.batch_at(step).counts[f"cut_{side}"] for side in ("queries", "documents")) == (16, 16)
+    assert made.batch_at(0).counts["cut_queries"] == 0
 
 
 def test_rows_of_real_pairs_are_at_least_nine_tenths_useful(tokenizer, crosslingual):
     c = config(batch_size=256, row_length=512, rows=4, texts_per_row=64)  # pairs are short: 22 texts fill a row
     made = batches_lib.Batches([crosslingual], tokenizer, c, num_shards=1)
-    assert np.mean([made.batch_at(step).useful for step in range(12)]) >= 0.9
+    assert np.mean([made.batch_at(step).counts["useful"] for step in range(12)]) >= 0.9
     assert_holds_its_texts(made, 3)
 
 
 def test_iterate_is_batch_at_in_order(tokenizer):
     made = batches_lib.Batches([some_source()], tokenizer, config(), num_shards=2)
-    found = list(made.iterate(3, 9))
+    found = list(batches_lib.iterate(made.batch_at, 3, 9))
     assert len(found) == 6
     for step, batch in enumerate(found, start=3):
         assert batch.arrays.keys() == made.batch_at(step).arrays.keys()
         assert all(np.array_equal(array, made.batch_at(step).arrays[name]) for name, array in batch.arrays.items())
         assert not np.array_equal(batch.arrays["document_id_N"], made.batch_at(step - 1).arrays["document_id_N"])
-    assert not list(made.iterate(9, 9))
+    assert not list(batches_lib.iterate(made.batch_at, 9, 9))
 
 
 def test_the_fingerprint_follows_the_data_and_a_small_vocabulary_is_refused(tokenizer):
@@ -201,3 +201,89 @@ def test_the_fingerprint_follows_the_data_and_a_small_vocabulary_is_refused(toke
     c = dataclasses.replace(config(), encoder=dataclasses.replace(config().encoder, vocab_size=16_000))
     with pytest.raises(UserError, match=r"16002 ids, .*vocab_size=16000; set it to 16064"):
         batches_lib.Batches([some_source()], tokenizer, c, num_shards=1)
+
+
+TWO = [
+    Pair("who?", "she", ("he", "it"), id="a", scores=(0.9, 0.5, 0.1)),
+    Pair("who is it?", "Ada", id="a", scores=(0.8,)),
+    Pair("where?", "here", ("there", "nowhere"), scores=()),
+    Pair("when?", "now", ("then",), id="b", scores=(0.7, 0.2)),
+]
+
+
+def with_loss(c: config_lib.Config, **loss) -> config_lib.Config:
+    return dataclasses.replace(c, loss=dataclasses.replace(c.loss, **loss))
+
+
+def test_a_teachers_scores_stand_beside_the_documents(tokenizer):
+    c = with_loss(config(batch_size=4, num_negatives=2, steps=1), distill="scores")
+    made = batches_lib.Batches([Source("a", TWO, 0)], tokenizer, c, num_shards=1)
+    nan = float("nan")
+    by_pair = np.array([[0.9, 0.5, 0.1], [0.8, nan, nan], [nan] * 3, [0.7, 0.2, nan]], np.float32)
+    order = made.mixture.batch_at(0)[1]
+    found = made.batch_at(0).arrays["teacher_score_N"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.reshape(4, 3), by_pair[order])
+    assert sorted(order) == [0, 1, 2, 3]
+    assert not np.array_equal(found.reshape(4, 3), by_pair[(order + 1) % 4], equal_nan=True)
+    missing = made.batch_at(0).arrays["document_id_N"] < 0
+    assert np.isnan(found[missing]).all()
+    # One negative is taken of two: its score too, and the order of the scores is that of the documents.
+    c = with_loss(config(batch_size=4, num_negatives=1, steps=1), distill="scores")
+    made = batches_lib.Batches([Source("a", TWO, 0)], tokenizer, c, num_shards=2)
+    np.testing.assert_array_equal(
+        made.batch_at(0).arrays["teacher_score_N"].reshape(4, 2), by_pair[made.mixture.batch_at(0)[1], :2]
+    )
+    plain = batches_lib.Batches([Source("a", TWO, 0)], tokenizer, config(batch_size=4, steps=1), num_shards=1)
+    assert not [name for name in plain.batch_at(0).arrays if name.startswith("teacher")]
+
+
+def test_a_teachers_vectors_are_those_of_the_pairs_in_the_batch(tokenizer):
+    pairs = some_source(size=24).pairs
+    vectors = {
+        side: np.arange(72, dtype=np.float16).reshape(24, 3) + 1000 * i for i, side in enumerate(("query", "document"))
+    }
+    c = with_loss(config(batch_size=8, by_language=True), distill="embeddings")
+    langs = ["de", "en", "de"] * 8  # places in a group are not places in the file
+    pairs = [dataclasses.replace(pair, lang=lang) for pair, lang in zip(pairs, langs, strict=True)]
+    made = batches_lib.Batches([Source("a", pairs, 0, vectors)], tokenizer, c, num_shards=2)
+    row_of = {batches_lib.document_id(pair.document): i for i, pair in enumerate(pairs)}
+    for step in range(4):
+        batch = made.batch_at(step).arrays
+        rows = [row_of[i] for i in batch["document_id_N"].tolist()]
+        for side in vectors:
+            assert batch[f"teacher_{side}_ND"].dtype == np.float32
+            np.testing.assert_array_equal(batch[f"teacher_{side}_ND"], vectors[side][rows])
+            assert not np.array_equal(batch[f"teacher_{side}_ND"], vectors[side][rows[::-1]])
+
+
+def test_pairs_of_one_query_share_its_number(tokenizer):
+    crc = batches_lib.document_id
+    pairs = [*TWO, Pair("where?", "everywhere"), Pair("a", "another")]
+    made = batches_lib.Batches([Source("a", pairs, 0)], tokenizer, config(batch_size=6, steps=1), num_shards=2)
+    order = made.mixture.batch_at(0)[1]
+    ids = [crc("a"), crc("a"), crc("where?"), crc("b"), crc("where?"), crc("a")]  # an id, or else the query itself
+    found = made.batch_at(0).arrays["query_id_N"]
+    assert found.tolist() == [ids[i] for i in order]
+    assert found.dtype == np.int32
+    assert len(set(found.tolist())) == 3
+    assert found.tolist() != [crc(pairs[i].query) for i in order]
+
+
+def test_a_batch_by_language_holds_one_language(tokenizer):
+    langs = ["de"] * 20 + ["en"] * 18 + ["fr"] * 3 + ["ja"] * 4
+    source = some_source(size=45)
+    pairs = [dataclasses.replace(pair, lang=lang) for pair, lang in zip(source.pairs, langs, strict=True)]
+    lang_of = {batches_lib.document_id(pair.document): pair.lang for pair in pairs}
+
+    def spoken(**data) -> list[tuple[str, set[str]]]:
+        c = config(batch_size=16, **data)
+        made = batches_lib.Batches([Source("folder/a.jsonl", pairs, 0)], tokenizer, c, num_shards=1)
+        batches = [made.batch_at(step) for step in range(10)]
+        return [(batch.source, {lang_of[i] for i in batch.arrays["document_id_N"].tolist()}) for batch in batches]
+
+    found = spoken(by_language=True)
+    assert {source for source, _ in found} == {f"folder/a.jsonl {lang}" for lang in ("de", "en", "fr+ja")}
+    for source, langs in found:  # languages too small for a batch are put together
+        assert source == f"folder/a.jsonl {'+'.join(sorted(langs))}"
+    assert all(source == "folder/a.jsonl" and len(langs) > 1 for source, langs in spoken())

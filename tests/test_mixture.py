@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from moe_embed.data.mixture import Mixture
+from moe_embed.data.mixture import Mixture, make_groups, shares
 
 SIZES, WEIGHTS, BATCH, STEPS = (10, 7, 23), (0.5, 0.3, 0.2), 4, 60
 
 
 def make(sizes=SIZES, weights=WEIGHTS, batch_size=BATCH, steps=STEPS, seed=0) -> Mixture:
-    return Mixture(sizes, weights=weights, batch_size=batch_size, steps=steps, seed=seed)
+    return Mixture(sizes, share=weights or sizes, batch_size=batch_size, steps=steps, seed=seed)
 
 
 def by_loop(sizes, weights, batch_size, steps, seed):
@@ -101,3 +101,26 @@ def test_one_source_a_batch():
 def test_a_step_beyond_the_last_is_refused():
     with pytest.raises(IndexError):
         make().batch_at(STEPS)
+
+
+LANGS = (["de", "en", "de", "ja", "de", "en"], ["", ""])
+
+
+def test_groups_are_sources_or_languages_and_lose_nobody():
+    whole = make_groups(LANGS, by_language=False, batch_size=2)
+    assert [(g.source, g.lang, g.members.tolist()) for g in whole] == [(0, "", [0, 1, 2, 3, 4, 5]), (1, "", [0, 1])]
+    apart = make_groups(LANGS, by_language=True, batch_size=2)
+    assert [(g.source, g.lang, g.members.tolist()) for g in apart] == [
+        (0, "de", [0, 2, 4]), (0, "en", [1, 5]), (0, "ja", [3]), (1, "", [0, 1])]  # fmt: skip
+    together = make_groups(LANGS, by_language=True, batch_size=3)
+    assert [(g.lang, g.members.tolist()) for g in together] == [("de", [0, 2, 4]), ("en+ja", [1, 3, 5]), ("", [0, 1])]
+    for groups in (whole, apart, together):
+        assert sum(len(g.members) for g in groups) == 8
+
+
+def test_shares_by_hand():
+    groups = make_groups([["a"] * 16 + ["b"] * 81, ["c"] * 1], by_language=True, batch_size=1)
+    np.testing.assert_allclose(shares(groups, weights=(), smoothing=1.0), np.array([16, 81, 1]) / 98)
+    np.testing.assert_allclose(shares(groups, weights=(), smoothing=0.25), np.array([2, 3, 1]) / 6)  # p ** 0.25
+    np.testing.assert_allclose(shares(groups, weights=(0.5, 0.5), smoothing=0.25), [0.2, 0.3, 0.5])
+    assert not np.allclose(shares(groups, weights=(0.4, 0.6), smoothing=0.25), [0.2, 0.3, 0.5])

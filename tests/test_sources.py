@@ -5,6 +5,7 @@ import io
 import json
 import zlib
 
+import numpy as np
 import pytest
 
 from moe_embed.config import UserError
@@ -204,3 +205,169 @@ def test_a_blank_line_among_texts_is_named_because_row_i_is_line_i(tmp_path):
         sources.read_texts(str(path))
     path.write_text('{"text": "a"}\n{"text": "b"}\n\n')
     assert sources.read_texts(str(path)) == ["a", "b"]
+
+
+def read(path, *rows, **columns) -> list[Pair]:
+    return sources.read_source(write(path, lines(rows)), **columns).pairs
+
+
+def test_a_list_of_documents_is_as_many_pairs(tmp_path):
+    row = {"query": "q", "documents": ["d", "e"], "negatives": ["n"], "scores": [3, 2, 1.5], "id": "i", "lang": "de"}
+    one, other = read(tmp_path / "a.jsonl", row, {"query": "r", "document": "f"})[:2]
+    assert one == Pair("q", "d", ("n",), "de", "i", (3.0, 1.5))
+    assert other == Pair("q", "e", ("n",), "de", "i", (2.0, 1.5))
+    again = read(tmp_path / "a.jsonl", row, {"query": "r", "document": "f"})
+    assert [pair.row for pair in again] == [0, 0, 1]
+    assert again[2] == Pair("r", "f")
+    both = row | {"document": "own"}  # the column that is asked for comes first
+    assert [pair.document for pair in read(tmp_path / "a.jsonl", {**both, "scores": [3, 1]})] == ["own"]
+    named = {"question": "q", "passage": "p"}
+    assert read(tmp_path / "a.jsonl", named, query="question", document="passage") == [Pair("q", "p")]
+
+
+BGE = {"query": "q", "pos": ["d", "e"], "neg": ["n", "m"], "pos_scores": [9, 8], "neg_scores": [2, 1]}
+
+
+def test_rows_in_bges_columns(tmp_path):
+    plain = {name: BGE[name] for name in ("query", "pos", "neg")}
+    without = [Pair("q", "d", ("n", "m")), Pair("q", "e", ("n", "m"))]
+    scored = [Pair("q", "d", ("n", "m"), scores=(9, 2, 1)), Pair("q", "e", ("n", "m"), scores=(8, 2, 1))]
+    assert read(tmp_path / "a.jsonl", plain, BGE) == [*without, *scored]
+    assert read(tmp_path / "a.jsonl", plain | {"pos_scores": None, "neg_scores": None}) == without
+    assert read(tmp_path / "a.jsonl", {"query": "q", "pos": ["d"]}) == [Pair("q", "d")]
+    only = {"query": "q", "pos": ["d"], "pos_scores": [9], "neg_scores": None}
+    assert read(tmp_path / "a.jsonl", only) == [Pair("q", "d", scores=(9,))]
+    assert scored[0] != scored[1]
+
+
+HUGE = 10**400  # a number in JSON, not in a float
+BAD_LISTS = {
+    "documents a text": ({"query": "q", "documents": "d"}, "'documents'"),
+    "no documents": ({"query": "q", "documents": []}, "'documents'"),
+    "an empty document": ({"query": "q", "documents": ["d", " "]}, "'documents'"),
+    "a number": ({"query": "q", "pos": ["d", 1]}, "'pos'"),
+    "pos a text": ({"query": "q", "pos": "d"}, "'pos'"),
+    "no query": ({"pos": ["d"]}, "has no column 'query'"),
+    "neg a text": ({"query": "q", "pos": ["d"], "neg": "n"}, "neg that are not a list"),
+    "neg null": ({"query": "q", "pos": ["d"], "neg": None}, "neg that are not a list"),
+    "too few scores": (BGE | {"neg_scores": [2]}, "scores"),
+    "scores the other way round": (BGE | {"pos": ["d"], "pos_scores": [9, 8], "neg_scores": [2]}, "scores"),
+    "no scores of negatives": (BGE | {"neg_scores": None}, "scores"),
+    "pos_scores a number": (BGE | {"pos_scores": 5}, "scores"),
+    "neg_scores a number": (BGE | {"neg_scores": 5}, "scores"),
+    "scores a number": ({"query": "q", "document": "d", "scores": 1}, "for each of its 1 documents"),
+    "one score too many": ({"query": "q", "document": "d", "scores": [1, 2]}, "then for each of its 0 negatives"),
+    "a score too few": ({"query": "q", "document": "d", "negatives": ["n"], "scores": [1]}, "of its 1 negatives"),
+    "a score of text": ({"query": "q", "document": "d", "scores": ["1"]}, "scores ['1']"),
+    "a score of NaN": ({"query": "q", "document": "d", "scores": [float("nan")]}, "scores [nan]"),
+    "an infinite score": ({"query": "q", "document": "d", "scores": [float("inf")]}, "scores [inf]"),
+    "a huge score": ({"query": "q", "document": "d", "scores": [HUGE]}, "scores"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LISTS)
+def test_a_bad_list_or_score_is_named(tmp_path, kind):
+    row, what = BAD_LISTS[kind]
+    path = write(tmp_path / "a.jsonl", lines([*GOOD, row]))
+    sentence = fault(path)
+    assert f"{path}:3 " in sentence
+    assert what in sentence
+
+
+def test_a_text_source_reads_text_or_else_the_documents(tmp_path):
+    rows = [
+        {"text": "eins", "lang": "de"},
+        {"query": "q", "document": "zwei"},
+        {"text": "t", "document": "d", "lang": 3},
+    ]
+    data = lines(rows)
+    found = sources.read_text_source(write(tmp_path / "a.jsonl.gz", gzip.compress(data)))
+    assert (found.texts, found.langs) == (["eins", "zwei", "t"], ["de", "", ""])
+    assert (len(found), found.digest) == (3, zlib.crc32(data))
+    assert found.path == str(tmp_path / "a.jsonl.gz")
+    assert sources.read_text_source(write(tmp_path / "a.csv", b"text,lang\n a b,ja\n")).texts == [" a b"]
+    passages = write(tmp_path / "p.jsonl", lines([{"passage": "p"}]))
+    assert sources.read_text_source(passages, column="passage").texts == ["p"]
+
+
+@pytest.mark.parametrize(
+    "row", [{"passage": "p"}, {"text": " "}, {"text": None, "document": "d"}, {"text": 3}, ["text"], "text"]
+)
+def test_a_row_without_a_text_is_named(tmp_path, row):
+    path = write(tmp_path / "a.jsonl", lines([{"text": "good"}, row]))
+    with pytest.raises(UserError) as caught:
+        sources.read_text_source(path)
+    assert caught.value.args == (f"{path}:2 has no text in a column 'text' or 'document'.",)
+
+
+def test_a_text_source_of_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jsonl holds no texts"):
+        sources.read_text_source(write(tmp_path / "a.jsonl", b"\n"))
+    with pytest.raises(UserError, match="does not exist"):
+        sources.read_text_source(str(tmp_path / "none.jsonl"))
+
+
+def teacher(tmp_path, *, query=None, document=None) -> str:
+    """A file of two rows and three pairs, and its vectors by "big"; an array, or bytes to stand in its place."""
+    path = write(
+        tmp_path / "a.jsonl", lines([{"query": "q", "documents": ["d", "e"]}, {"query": "r", "document": "f"}])
+    )
+    for side, what in (("query", query), ("document", document)):
+        if isinstance(what, bytes):
+            write(tmp_path / f"a.jsonl.big.{side}.npy", what)
+        elif what is not None:
+            np.save(tmp_path / f"a.jsonl.big.{side}.npy", what)
+    return path
+
+
+def test_a_teachers_vectors_are_read_beside_the_file(tmp_path):
+    query_ND, document_ND = np.arange(12.0, dtype=np.float16).reshape(3, 4), np.ones((3, 4), np.float32)
+    path = teacher(tmp_path, query=query_ND, document=document_ND)
+    found = sources.read_source(path, teacher="big")
+    assert set(found.teacher) == {"query", "document"}
+    np.testing.assert_array_equal(found.teacher["query"], query_ND)
+    np.testing.assert_array_equal(found.teacher["document"], document_ND)
+    assert isinstance(found.teacher["query"], np.memmap)  # not in memory
+    assert len(found.pairs) == len(found.teacher["query"])  # a row for each pair, not for each line
+    assert sources.read_source(path).teacher == {}
+    with pytest.raises(UserError, match=r"a\.jsonl\.other\.query\.npy cannot be read"):
+        sources.read_source(path, teacher="other")
+
+
+GOOD_VECTORS = np.ones((3, 4), np.float32)
+BAD_VECTORS = {
+    "a row for each line": (GOOD_VECTORS[:2], r"it must be floats, \[3 pairs, dim\]"),
+    "a row too many": (np.ones((4, 4), np.float32), r"float32 \[4, 4\]; it must be floats, \[3 pairs, dim\]"),
+    "integers": (np.ones((3, 4), np.int64), r"int64 \[3, 4\]"),
+    "one dim": (np.ones(3, np.float32), r"float32 \[3\]"),
+    "no array": (b"vectors", "cannot be read"),
+    "nothing": (b"", "cannot be read"),
+    "objects": (np.array([{}, {}, {}]), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("side", ["query", "document"])
+@pytest.mark.parametrize("kind", BAD_VECTORS)
+def test_vectors_that_do_not_fit_are_refused(tmp_path, kind, side):
+    what, said = BAD_VECTORS[kind]
+    path = teacher(tmp_path, **({"query": GOOD_VECTORS, "document": GOOD_VECTORS} | {side: what}))
+    with pytest.raises(UserError, match=said) as caught:
+        sources.read_source(path, teacher="big")
+    assert f"{path}.big.{side}.npy" in str(caught.value)
+
+
+def test_vectors_of_two_dims_are_refused(tmp_path):
+    path = teacher(tmp_path, query=GOOD_VECTORS, document=GOOD_VECTORS[:, :3])
+    with pytest.raises(UserError, match=r"document\.npy"):
+        sources.read_source(path, teacher="big")
+
+
+def test_vectors_cut_short_and_an_archive_are_refused(tmp_path):
+    whole = io.BytesIO()
+    np.save(whole, GOOD_VECTORS)
+    archive = io.BytesIO()
+    np.savez(archive, GOOD_VECTORS)
+    for data in (whole.getvalue()[:-4], archive.getvalue()):
+        path = teacher(tmp_path, query=data, document=GOOD_VECTORS)
+        with pytest.raises(UserError, match=r"query\.npy"):
+            sources.read_source(path, teacher="big")

@@ -1,11 +1,13 @@
-"""Ids by hand: the SentencePiece model's, shifted to XLM-R's, between <s> and </s>."""
+"""Ids by hand: the SentencePiece model's, shifted to XLM-R's, between <s> and </s>; a WordPiece's, between [CLS] and [SEP]."""
 
 import io
+import json
 import pathlib
 
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
@@ -114,3 +116,99 @@ def test_wrong_special_ids(tmp_path):
         tokenizer_lib.read(path)
     path.write_bytes(train())
     assert tokenizer_lib.read(path).encode(["Insert"], max_length=3)[0][0].tolist()[::2] == [0, 2]
+
+
+WORDPIECES = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "insert",
+    "a",
+    "table",
+    "##s",
+    "##au",
+    "tab",
+    "[",
+    "]",
+    "sep",
+    "!",
+)
+
+
+def wordpiece(*, special=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")) -> tokenizers.Tokenizer:
+    """A BERT tokenizer of the words above, lower-cased, as Hugging Face writes it: it cuts at 4 and pads to 9."""
+    ids = {piece: i for i, piece in enumerate(WORDPIECES)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
+    )
+    made.add_special_tokens(list(special))
+    made.enable_truncation(max_length=4)
+    made.enable_padding(length=9)
+    return made
+
+
+@pytest.fixture
+def json_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    wordpiece().save(str(path))
+    return tokenizer_lib.read(path)
+
+
+def test_wordpiece_ids_by_hand(json_tokenizer):
+    assert isinstance(json_tokenizer, tokenizer_lib.JsonTokenizer)
+    found, cut = json_tokenizer.encode(["Insert a Tables", "tableau qq", "tabs!"], max_length=100)
+    assert [ids.tolist() for ids in found] == [[2, 5, 6, 7, 8, 3], [2, 7, 9, 1, 3], [2, 10, 8, 14, 3]]
+    assert cut == 0  # the file's own cut at 4 and padding to 9 are not ours
+    assert all(ids.dtype == np.int32 for ids in found)
+    with_prompt = json_tokenizer.encode(["table"], prompt="insert a ", max_length=100)[0][0]
+    assert with_prompt.tolist() == [2, 5, 6, 7, 3]
+    assert json_tokenizer.encode([], max_length=8) == ([], 0)
+
+
+def test_wordpiece_cap_and_facts(json_tokenizer):
+    found, cut = json_tokenizer.encode(["Insert a Tables", "a"], max_length=4)
+    assert ([ids.tolist() for ids in found], cut) == ([[2, 5, 6, 3], [2, 6, 3]], 1)
+    assert json_tokenizer.num_ids == len(WORDPIECES)
+    assert json_tokenizer.mask_id == 4
+    assert json_tokenizer.special_ids.tolist() == [0, 1, 2, 3, 4]
+    again = tokenizer_lib.JsonTokenizer(json_tokenizer.model_bytes, origin="a copy")
+    assert again.encode(["tableau"], max_length=9)[0][0].tolist() == [2, 7, 9, 3]
+
+
+def test_special_tokens_in_a_text_are_text(json_tokenizer):
+    text = "a [SEP] table [MASK]!"
+    found = json_tokenizer.encode([text], max_length=100)[0][0].tolist()
+    assert found == [2, 6, 11, 13, 12, 7, 11, 1, 12, 14, 3]
+    theirs = wordpiece()
+    theirs.no_truncation()
+    theirs.no_padding()
+    assert theirs.encode(text).ids == [2, 6, 3, 7, 4, 14, 3]  # Hugging Face's default: the text ends itself
+    theirs.encode_special_tokens = True  # their split_special_tokens
+    assert theirs.encode(text).ids == found
+
+
+def test_a_piece_behind_the_vocabulary_counts(tmp_path):
+    made = wordpiece()
+    made.add_tokens(["extra"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_lib.read(tmp_path / "tokenizer.json").num_ids == len(WORDPIECES) + 1
+
+
+def test_a_json_that_is_no_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json that"):
+        tokenizer_lib.read(path)
+    made = json.loads(wordpiece().to_str())
+    made["added_tokens"] = []
+    for piece in ("[MASK]", "[CLS]"):
+        del made["model"]["vocab"][piece]
+    made["post_processor"] = None
+    path.write_text(json.dumps(made))
+    with pytest.raises(UserError, match=r"tokenizer\.json has no \[CLS\], \[MASK\]: only BERT's"):
+        tokenizer_lib.read(path)

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_embed import config as config_lib
 from moe_embed.data import mixture as mixture_lib
-from moe_embed.data.sources import Source
+from moe_embed.data.sources import Pair, Source
 from moe_embed.data.tokenizer import PAD, Tokenizer
 
 SAMPLE = 64  # batches packed beforehand to choose the sizes of M
@@ -80,10 +80,42 @@ class Batch:
     """One step's arrays, named by their dims, and what was counted while making them."""
 
     arrays: dict[str, np.ndarray]
-    useful: float  # share of the tokens in the rows that belong to texts
-    cut_queries: int
-    cut_documents: int
-    source: str
+    source: str  # the file, and the language where a batch has one
+    counts: dict[str, float]  # useful: share of the tokens in the rows that belong to texts; and what was cut
+
+
+def fingerprint(sources: Sequence, tokenizer, c: config_lib.Data, *, seed: int) -> dict:
+    """What the order of the data depends on, as plain JSON: files by name, size and digest, tokenizer, mixture."""
+    return {
+        "files": [[source.path.rsplit("/", 1)[-1], len(source), source.digest] for source in sources],
+        "tokenizer": zlib.crc32(tokenizer.model_bytes),
+        "seed": seed,
+        "batch_size": c.batch_size,
+        "weights": list(c.weights),
+        "by_language": c.by_language,
+        "smoothing": c.smoothing,
+    }
+
+
+def check_vocabulary(tokenizer, config: config_lib.Config) -> None:
+    """UserError if the embedding table has no row for some id of the tokenizer."""
+    if tokenizer.num_ids > config.encoder.vocab_size:
+        raise config_lib.UserError(
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.num_ids} ids, more than "
+            f"config.encoder.vocab_size={config.encoder.vocab_size}; set it to {-(-tokenizer.num_ids // 64) * 64}."
+        )
+
+
+def iterate(batch_at, first_step: int, last_step: int, *, ahead: int = 2) -> Iterator[Batch]:
+    """batch_at(step) for steps first_step .. last_step - 1, made in a thread while the device works."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = collections.deque()
+        for step in range(first_step, last_step):
+            waiting.append(pool.submit(batch_at, step))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Batches:
@@ -91,14 +123,13 @@ class Batches:
 
     def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, config: config_lib.Config, *, num_shards: int):
         self.sources, self.tokenizer, self.c, self.num_shards = sources, tokenizer, config.data, num_shards
-        if tokenizer.num_ids > config.encoder.vocab_size:
-            raise config_lib.UserError(
-                f"the tokenizer {config.data.tokenizer} has {tokenizer.num_ids} ids, more than "
-                f"config.encoder.vocab_size={config.encoder.vocab_size}; set it to {-(-tokenizer.num_ids // 64) * 64}."
-            )
+        check_vocabulary(tokenizer, config)
+        self.distill = config.loss.distill
+        langs = [[pair.lang for pair in source.pairs] for source in sources]
+        self.groups = mixture_lib.make_groups(langs, by_language=self.c.by_language, batch_size=self.c.batch_size)
         self.mixture = mixture_lib.Mixture(
-            [len(source.pairs) for source in sources],
-            weights=self.c.weights,
+            [len(group.members) for group in self.groups],
+            share=mixture_lib.shares(self.groups, weights=self.c.weights, smoothing=self.c.smoothing),
             batch_size=self.c.batch_size,
             steps=config.run.steps,
             seed=config.run.seed,
@@ -108,19 +139,22 @@ class Batches:
     @property
     def fingerprint(self) -> dict:
         """What the order of the data depends on; a checkpoint keeps it, and a resume compares."""
-        files = [[source.path.rsplit("/", 1)[-1], len(source.pairs), source.digest] for source in self.sources]
-        return {
-            "files": files,
-            "tokenizer": zlib.crc32(self.tokenizer.model_bytes),
-            "seed": self.mixture.seed,
-            "batch_size": self.c.batch_size,
-            "weights": list(self.c.weights),
-        }
+        return fingerprint(self.sources, self.tokenizer, self.c, seed=self.mixture.seed)
+
+    @property
+    def summary(self) -> str:
+        """One line for a person: how many pairs, of what."""
+        pairs = sum(self.mixture.sizes)
+        groups = f", {len(self.groups)} groups" if len(self.groups) > len(self.sources) else ""
+        epochs = len(self.mixture.group_of_step) * self.c.batch_size / pairs
+        return (
+            f"{pairs:,} pairs in {len(self.sources)} sources{groups}; {self.c.batch_size} pairs a step, "
+            f"{len(self.mixture.group_of_step)} steps = {epochs:.2f} epochs"
+        )
 
     def batch_at(self, step: int) -> Batch:
-        """The arrays of step `step`: tokens_MBL, segments_MBL, positions_MBL, query_slot_N, document_slot_N,
-        document_id_N (objectives.contrastive). Shards stand side by side along B and N."""
-        source, queries, documents, document_ids, cut = self._texts(step)
+        """The arrays of step `step` that objectives.contrastive takes. Shards stand side by side along B and N."""
+        group, pairs, queries, documents, document_ids, cut = self._texts(step)
         shards = [self._pack_shard(ids) for ids in self._shards(queries, documents)]
         num_micro = next(size for size in self.sizes if size * self.c.rows >= max(p.num_rows for _, p in shards))
         arrays = {"query_slot_N": [], "document_slot_N": []}
@@ -136,39 +170,46 @@ class Batches:
         arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
         arrays |= {f"{name}_MBL": np.concatenate(parts, axis=1) for name, parts in rows.items()}
         arrays["document_id_N"] = document_ids
-        useful = float((arrays["segments_MBL"] > 0).mean())
-        return Batch(arrays, useful, *cut, source=self.sources[source].path)
-
-    def iterate(self, first_step: int, last_step: int, *, ahead: int = 2) -> Iterator[Batch]:
-        """Batches of steps first_step .. last_step - 1, made in a thread while the device works."""
-        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-            waiting = collections.deque()
-            for step in range(first_step, last_step):
-                waiting.append(pool.submit(self.batch_at, step))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        arrays["query_id_N"] = np.array([document_id(pair.id or pair.query) for pair, _ in pairs], np.int32)
+        arrays |= self._teacher(group.source, pairs)
+        counts = {"useful": float((arrays["segments_MBL"] > 0).mean()), "cut_queries": cut[0], "cut_documents": cut[1]}
+        return Batch(arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
 
     def _texts(self, step: int):
-        """Token ids of step `step`: queries [N], documents [N * (1 + h)] positive first, their ids, and the cuts."""
-        source, indices = self.mixture.batch_at(step)
-        pairs = [self.sources[source].pairs[i] for i in indices]
+        """Group of step `step`, its (pair, place in the source), ids of queries [N] and of documents [N * (1 + h)] positive
+        first, the documents' numbers, and the cuts."""
+        which, places = self.mixture.batch_at(step)
+        group = self.groups[which]
+        pairs = [(self.sources[group.source].pairs[i], i) for i in group.members[places]]
         h = self.c.num_negatives
         texts, ids = [], []
-        for pair in pairs:
+        for pair, _ in pairs:
             negatives = pair.negatives[:h]
             texts += [pair.document, *negatives]
             ids += [document_id(text) for text in (pair.document, *negatives)] + [-1] * (h - len(negatives))
         queries, cut_queries = self.tokenizer.encode(
-            [pair.query for pair in pairs], prompt=self.c.query_prompt, max_length=self.c.query_length
+            [pair.query for pair, _ in pairs], prompt=self.c.query_prompt, max_length=self.c.query_length
         )
         encoded, cut_documents = self.tokenizer.encode(
             texts, prompt=self.c.document_prompt, max_length=self.c.document_length
         )
         there = iter(encoded)
         documents = [next(there) if i >= 0 else np.zeros(0, np.int32) for i in ids]  # a missing negative has no tokens
-        return source, queries, documents, np.asarray(ids, np.int32), (cut_queries, cut_documents)
+        return group, pairs, queries, documents, np.asarray(ids, np.int32), (cut_queries, cut_documents)
+
+    def _teacher(self, source: int, pairs: list[tuple[Pair, int]]) -> dict[str, np.ndarray]:
+        """What another model says of these pairs (infonce.Teacher): scores from their rows, or vectors from side files."""
+        if self.distill == "embeddings":
+            places = [place for _, place in pairs]
+            return {f"teacher_{side}_ND": np.asarray(vectors[places], np.float32)
+                    for side, vectors in self.sources[source].teacher.items()}  # fmt: skip
+        if self.distill == "scores":
+            h = self.c.num_negatives
+            score_NS = np.full((len(pairs), 1 + h), np.nan, np.float32)
+            for row, (pair, _) in zip(score_NS, pairs, strict=True):
+                row[: len(pair.scores[: 1 + h])] = pair.scores[: 1 + h]
+            return {"teacher_score_N": score_NS.reshape(-1)}
+        return {}
 
     def _shards(self, queries, documents) -> Iterator[list[np.ndarray]]:
         n, d = len(queries) // self.num_shards, len(documents) // self.num_shards
@@ -183,7 +224,7 @@ class Batches:
         """Two sizes that waste least on a sample of the run's steps, and the one that no batch can exceed."""
         sample = []
         for step in np.unique(np.linspace(0, steps - 1, SAMPLE).astype(int)):
-            _, queries, documents, *_ = self._texts(int(step))
+            _, _, queries, documents, *_ = self._texts(int(step))
             rows = max(self._pack_shard(ids)[1].num_rows for ids in self._shards(queries, documents))
             sample.append(-(-rows // self.c.rows))
         # A row that refuses a text of at most `cap` tokens already holds row_length // cap texts, or texts_per_row.
