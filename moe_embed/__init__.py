@@ -13,7 +13,8 @@ The letters mean the same in the whole package, and they are what sharding.py ma
     J  key tokens               G  fused groups (q, k, v)    X  rows grouped by expert  R  repeats of the scanned unit
     T  tokens, B * L flat       F  feed-forward              S  texts in a packed row
     D  model                    V  vocabulary                N  texts (queries or documents) in a batch
-                                Y  token types
+    P  learned positions        Y  token types               U  model, inside the head of masked language modelling
+    Z  masked places in a row
 
 "axis" is a mesh axis, "dim" an array dimension, "num_" a count.
 """

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from moe_embed import config as config_lib
 from moe_embed import sharding
-from moe_embed.infonce import infonce
-from moe_embed.model import encoder, layers
+from moe_embed.infonce import Ids, Teacher, infonce
+from moe_embed.model import encoder, layers, mlm_head
 from moe_embed.model.moe import RouterSums
 
 ROWS = ("tokens_MBL", "segments_MBL", "positions_MBL")
@@ -39,11 +39,6 @@ def encode(
     return pooled_MBSD, *jax.tree.map(lambda x: x.sum(0), counted)
 
 
-def normalise(x: jax.Array) -> jax.Array:
-    """Unit norm along the last dim, float32; a zero vector stays zero."""
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
-
-
 def balance_loss(sums: RouterSums, *, num_tokens: jax.Array, top_k: int) -> jax.Array:
     """E * sum_e f_e p_e, mean over mixture layers: 1 when balanced (Switch, arXiv 2101.03961 eq. 4, for top-k).
 
@@ -60,28 +55,71 @@ def contrastive(params: dict, batch: dict, *, config: config_lib.Config):
 
     Args:
       batch: tokens_MBL, segments_MBL, positions_MBL; query_slot_N and document_slot_N, the place of each text among
-        this device's M * B * S pooled vectors; document_id_N (infonce.py).
+        this device's M * B * S pooled vectors; document_id_N and query_id_N (infonce.Ids); with config.loss.distill also
+        teacher_score_N, or teacher_query_ND and teacher_document_ND (infonce.Teacher).
 
     Returns:
       loss [], metrics: float32 scalars, and `router_load_RE`, each expert's share of the choices times E.
     """
     pooled_MBSD, sums, num_tokens = encode(params, batch, c=config.encoder, moe=config.moe,
                                num_segments=config.data.texts_per_row, recompute=config.run.recompute)  # fmt: skip
-    embedding = normalise(pooled_MBSD.reshape(-1, pooled_MBSD.shape[-1]))
+    pooled_ND = pooled_MBSD.reshape(-1, pooled_MBSD.shape[-1])
+    teacher = {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")}
     loss, metrics = infonce(
-        embedding[batch["query_slot_N"]],
-        embedding[batch["document_slot_N"]],
-        batch["document_id_N"],
-        temperature=config.loss.temperature,
-        bidirectional=config.loss.bidirectional,
-        mask_duplicates=config.loss.mask_duplicates,
+        pooled_ND[batch["query_slot_N"]],
+        pooled_ND[batch["document_slot_N"]],
+        Ids(batch["document_id_N"], batch["query_id_N"]),
+        c=config.loss,
+        teacher=Teacher(**teacher),
     )
-    metrics["contrastive_loss"] = loss
-    metrics["tokens"] = num_tokens = sharding.reduce(num_tokens, "B")
-    if sums is not None:
-        sums = sharding.reduce(sums, "B")
-        balance = balance_loss(sums, num_tokens=num_tokens, top_k=config.moe.top_k)
-        loss = loss + config.loss.balance_coefficient * balance
-        metrics["balance_loss"] = balance
-        metrics["router_load_RE"] = sums.choices_E * config.moe.num_experts / (num_tokens * config.moe.top_k)
-    return loss, metrics
+    return _with_balance(loss, metrics, sums, num_tokens, config)
+
+
+def mlm(params: dict, batch: dict, *, config: config_lib.Config, num_ids: int | None = None):
+    """Masked language modelling (arXiv 1810.04805): cross-entropy of the true piece at the masked places, global mean.
+
+    The tied head, most of a small encoder's FLOPs at a large vocabulary, is computed at those places only.
+
+    Args:
+      batch: tokens_MBL (masked), segments_MBL, positions_MBL; place_MBZ, the masked places of each row, and target_MBZ,
+        the pieces that stood there, -1 where a row has fewer.
+      num_ids: rows of the embedding table that are pieces; what follows pads the table. None: all of them.
+
+    Returns:
+      loss [], metrics: float32 scalars (accuracy: how often the true piece scores highest), and `router_load_RE`.
+    """
+    c = config.encoder
+    num_ids = c.vocab_size if num_ids is None else num_ids
+
+    def micro_batch(params, rows):
+        tokens_BL, segments_BL, positions_BL, place_BZ, target_BZ = rows
+        hidden_BLD, sums = encoder.apply(params, tokens_BL, segments_BL, positions_BL, c=c, moe=config.moe)
+        hidden_TD = jnp.take_along_axis(hidden_BLD, place_BZ[..., None], axis=1).reshape(-1, c.dim)
+        target_T = target_BZ.reshape(-1)
+        word_VD = params["embedding"]["word_VD"]
+        score_TV = mlm_head.scores(params["head"], word_VD, hidden_TD, num_ids=num_ids, epsilon=c.norm_epsilon)
+        target_score_T = jnp.take_along_axis(score_TV, jnp.maximum(target_T, 0)[:, None], axis=1)[:, 0]
+        loss_T = jnp.where(target_T >= 0, jax.nn.logsumexp(score_TV, axis=1) - target_score_T, 0.0)
+        hits_T = (score_TV.argmax(1) == target_T).astype(jnp.float32)
+        counted = jnp.stack([loss_T.sum(), hits_T.sum(), (target_T >= 0).sum().astype(jnp.float32)])
+        return counted, sums, (segments_BL > 0).sum().astype(jnp.float32)
+
+    if config.run.recompute:
+        micro_batch = jax.checkpoint(micro_batch)
+    rows = tuple(batch[name] for name in (*ROWS, "place_MBZ", "target_MBZ"))
+    _, counted = jax.lax.scan(lambda _, rows: (None, micro_batch(params, rows)), None, rows)
+    total, sums, num_tokens = jax.tree.map(lambda x: x.sum(0), counted)
+    total = sharding.reduce(total, "B")
+    metrics = {"mlm_loss": total[0] / total[2], "accuracy": total[1] / total[2], "masked": total[2]}
+    return _with_balance(metrics["mlm_loss"], metrics, sums, num_tokens, config)
+
+
+def _with_balance(loss, metrics: dict, sums: RouterSums | None, num_tokens: jax.Array, config: config_lib.Config):
+    """Add the balance loss and the router's metrics, of all devices; a dense encoder has none."""
+    metrics = metrics | {"tokens": sharding.reduce(num_tokens, "B")}
+    if sums is None:
+        return loss, metrics
+    sums, num_tokens = sharding.reduce(sums, "B"), metrics["tokens"]
+    metrics["balance_loss"] = balance_loss(sums, num_tokens=num_tokens, top_k=config.moe.top_k)
+    metrics["router_load_RE"] = sums.choices_E * config.moe.num_experts / (num_tokens * config.moe.top_k)
+    return loss + config.loss.balance_coefficient * metrics["balance_loss"], metrics

@@ -7,6 +7,8 @@ import optax
 from moe_embed import config as config_lib
 from moe_embed import sharding
 
+FROZEN = "word_VD"  # by Optim.freeze_embedding
+
 
 def schedule(c: config_lib.Optim, *, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to the peak over `warmup_steps`, then decay to 0 at `steps` (inverse_sqrt, constant: not)."""
@@ -33,8 +35,24 @@ def decays(params: dict) -> dict:
     return jax.tree.map_with_path(of, params)
 
 
+def freeze(params: dict) -> dict:
+    """The same values; no gradient flows to the frozen ones."""
+    frozen = lambda path, x: jax.lax.stop_gradient(x) if path[-1].key == FROZEN else x  # noqa: E731
+    return jax.tree.map_with_path(frozen, params)
+
+
 def make(c: config_lib.Optim, *, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm."""
+    """AdamW (arXiv 1711.05101) after clipping by the global norm.
+
+    With `freeze_embedding` the piece table has no moments, no decay and, through `freeze`, gradients of zero.
+    """
+    adamw = _clipped_adamw(c, steps=steps)
+    if not c.freeze_embedding:
+        return adamw
+    return optax.masked(adamw, lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key != FROZEN, params))
+
+
+def _clipped_adamw(c: config_lib.Optim, *, steps: int) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
         optax.adamw(

@@ -24,13 +24,18 @@ class Program:
     config: config_lib.Config
     mesh: jax.sharding.Mesh
     abstract_state: dict  # of jax.ShapeDtypeStruct with shardings: what a checkpoint is restored into
-    init: Callable[[], dict]  # a fresh state {"step", "params", "optimizer"} from run.seed
+    init: Callable[..., dict]  # state {"step", "params", "optimizer"}: fresh from run.seed, or (params) from those
     step: Callable[[dict, dict], tuple[dict, dict]]  # (state, batch) -> (state, metrics); the state is donated
     loss_and_gradients: Callable[[dict, dict], tuple]  # (params, batch) -> ((loss, metrics), gradients), for tests
 
 
-def build(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Program:
-    """Config and mesh -> Program. Nothing is compiled yet. UserError if the mesh does not divide the batch or a dim."""
+def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | None = None) -> Program:
+    """Config and mesh -> Program. Nothing is compiled yet. UserError if the mesh does not divide the batch or a dim.
+
+    `num_ids`: how many rows of the vocabulary are real, for the objective mlm (None: all).
+    """
+    with_head = config.loss.objective == "mlm"
+    objective = functools.partial(objectives.mlm, num_ids=num_ids) if with_head else objectives.contrastive
     if config.data.batch_size % mesh.size:
         below = config.data.batch_size // mesh.size * mesh.size
         raise config_lib.UserError(
@@ -40,8 +45,10 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Program:
         )
     optimizer = optim.make(config.optim, steps=config.run.steps)
 
-    def init() -> dict:
-        params = encoder.init(config.encoder, config.moe, key=jax.random.key(config.run.seed))
+    def init(params: dict | None = None) -> dict:
+        if params is None:
+            key = jax.random.key(config.run.seed)
+            params = encoder.init(config.encoder, config.moe, key=key, with_head=with_head)
         return {"step": jnp.zeros((), jnp.int32), "params": params, "optimizer": optimizer.init(params)}
 
     abstract = jax.eval_shape(init)
@@ -58,7 +65,8 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Program:
 
     def local_loss_and_gradients(params: dict, batch: dict):
         def loss(params):
-            return objectives.contrastive(sharding.vary_parameters(params), batch, config=config)
+            params = optim.freeze(params) if config.optim.freeze_embedding else params
+            return objective(sharding.vary_parameters(params), batch, config=config)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

@@ -45,12 +45,15 @@ class Rules:
     K: Rule = Rule()
     L: Rule = Rule()
     M: Rule = Rule()
+    P: Rule = Rule()
     R: Rule = Rule()
     S: Rule = Rule()
     T: Rule = Rule()
+    U: Rule = Rule()
     V: Rule = Rule()
     X: Rule = Rule()
     Y: Rule = Rule()
+    Z: Rule = Rule()
 
 
 RULES = Rules()

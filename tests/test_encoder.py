@@ -74,7 +74,7 @@ def test_the_scan_runs_the_repeats_in_order():
     graph, state = nnx.split(module.unit)
 
     def by_hand(order):
-        x_BLD = module.embedding(arrays[0])
+        x_BLD = module.embedding(arrays[0], arrays[2])
         for r in order:
             x_BLD, _ = nnx.merge(graph, jax.tree.map(lambda a, r=r: a[r], state))(x_BLD, arrays[1], angles)
         return x_BLD

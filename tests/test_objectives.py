@@ -1,11 +1,15 @@
-"""The balance loss by hand and against a loop; normalisation; the objective's metrics."""
+"""The balance loss by hand and against a loop; masked language modelling against a loop."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import erf
 
 from moe_embed import objectives
+from moe_embed.model import encoder
 from moe_embed.model.moe import RouterSums
+from tests import tiny
 
 
 def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
@@ -35,5 +39,86 @@ def test_balance_loss_equals_the_loop_of_the_paper():
     assert float(objectives.balance_loss(halves[0], num_tokens=tokens, top_k=k)) != pytest.approx(expected, rel=1e-5)
 
 
-def test_normalise_by_hand_and_of_zero():
-    np.testing.assert_allclose(objectives.normalise(jnp.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
+def mlm_by_hand(params, batch, *, c, num_ids):
+    """The scores of every piece in every place first; then those of the masked places, one after the other.
+
+    Returns the mean loss, the mean of hits and how many places counted; RouterSums, None for a dense encoder.
+    """
+    rows = [batch[name] for name in objectives.ROWS]
+    f = jax.jit(lambda params, *rows: encoder.apply(params, *rows, c=c.encoder, moe=c.moe))
+    with jax.default_matmul_precision("highest"):
+        apply = tiny.compiled(f, params, *(array[0] for array in rows))
+    head, losses, hits, all_sums = params["head"], [], [], []
+    for m in range(len(rows[0])):
+        hidden_BLD, sums = apply(params, *(array[m] for array in rows))
+        x_BLU = np.float64(hidden_BLD) @ head["w_DU"] + head["b_U"]
+        x_BLU = x_BLU * (1 + erf(x_BLU / np.sqrt(2))) / 2
+        x_BLU = (x_BLU - x_BLU.mean(-1, keepdims=True)) / np.sqrt(x_BLU.var(-1, keepdims=True) + c.encoder.norm_epsilon)
+        x_BLU = x_BLU * head["scale_U"] + head["bias_U"]
+        score_BLV = (x_BLU @ params["embedding"]["word_VD"].T + head["b_V"])[..., :num_ids]
+        for b, z in np.ndindex(batch["target_MBZ"][m].shape):
+            target, score_V = batch["target_MBZ"][m, b, z], score_BLV[b, batch["place_MBZ"][m, b, z]]
+            if target >= 0:
+                losses.append(np.log(np.exp(score_V).sum()) - score_V[target])
+                hits.append(score_V.argmax() == target)
+        all_sums.append(sums)
+    sums = jax.tree.map(lambda *parts: sum(parts), *all_sums) if all_sums[0] is not None else None
+    return np.mean(losses), np.mean(hits), len(losses), sums
+
+
+@pytest.mark.parametrize(("num_experts", "num_ids"), [(8, 60), (0, None)], ids=["mixture", "dense, all rows"])
+def test_mlm_equals_all_scores_of_all_places(num_experts, num_ids):
+    c = tiny.config(loss={"objective": "mlm"}, moe={"num_experts": num_experts}, data={"rows": 8})
+    params, batch = tiny.params(c), tiny.mlm_batches(c).batch_at(0).arrays
+    counted_BZ = batch["target_MBZ"] >= 0
+    assert not counted_BZ.all(axis=-1).any()  # every row has fewer than Z, and not all as many
+    assert len(set(counted_BZ.sum(-1).reshape(-1))) > 1
+
+    f = jax.jit(lambda params, batch: objectives.mlm(params, batch, config=c, num_ids=num_ids))
+    with jax.default_matmul_precision("highest"):
+        measure = tiny.compiled(f, params, batch)
+    loss, metrics = measure(params, batch)
+    expected, accuracy, count, sums = mlm_by_hand(params, batch, c=c, num_ids=num_ids or 64)
+    np.testing.assert_allclose(metrics["mlm_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
+    assert metrics["masked"] == count == counted_BZ.sum()
+    real = (batch["segments_MBL"] > 0).sum()
+    assert metrics["tokens"] == real
+    if sums is None:
+        assert loss == metrics["mlm_loss"]
+        assert "balance_loss" not in metrics
+    else:
+        balance = objectives.balance_loss(sums, num_tokens=real, top_k=2)
+        np.testing.assert_allclose(metrics["balance_loss"], balance, rtol=1e-5)
+        np.testing.assert_allclose(loss, expected + 0.5 * balance, rtol=1e-5)  # config.loss.balance_coefficient
+        assert balance > 0.5
+        np.testing.assert_allclose(metrics["router_load_RE"], sums.choices_E * 8 / (real * 2), rtol=1e-5)
+
+    other, *_ = mlm_by_hand(
+        params, batch, c=c, num_ids=64 if num_ids else 60
+    )  # the padding of the table in the softmax
+    assert abs(other - expected) > 1e-3
+    places = batch | {"place_MBZ": np.where(counted_BZ, batch["place_MBZ"], 5)}  # where no piece is asked for
+    np.testing.assert_array_equal(measure(params, places)[0], loss)
+    places = batch | {"place_MBZ": np.where(counted_BZ, 5, batch["place_MBZ"])}
+    assert abs(float(measure(params, places)[0]) - float(loss)) > 1e-3
+    fewer = batch | {"target_MBZ": np.where(np.arange(counted_BZ.shape[-1]) == 0, -1, batch["target_MBZ"])}
+    assert measure(params, fewer)[1]["masked"] == count - counted_BZ[..., 0].sum()
+
+
+def test_mlm_finds_a_piece_that_the_head_was_told():
+    """With a bias that says "ka" whatever stands there, and nothing but "ka" masked, the loss is almost none."""
+    c = tiny.config(loss={"objective": "mlm", "balance_coefficient": 0.0}, moe={"num_experts": 0}, data={"rows": 16})
+    params, batch = tiny.params(c), dict(tiny.mlm_batches(c).batch_at(0).arrays)
+    batch["target_MBZ"] = np.where(batch["target_MBZ"] >= 0, 4, -1)
+    measure = tiny.compiled(jax.jit(lambda params: objectives.mlm(params, batch, config=c, num_ids=60)), params)
+    losses = []
+    for piece in (4, 5, 61):  # "ka"; "lo"; a row of the table that is no piece
+        head = params["head"] | {"b_V": np.where(np.arange(64) == piece, 30.0, 0.0).astype(np.float32)}
+        loss, metrics = measure(params | {"head": head})
+        losses.append((float(loss), float(metrics["accuracy"])))
+    assert losses[0][0] < 1e-6
+    assert losses[0][1] == 1.0
+    assert losses[1][0] > 20
+    assert losses[1][1] == 0.0
+    assert 1 < losses[2][0] < 20

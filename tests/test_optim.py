@@ -1,5 +1,6 @@
 """Schedules by hand, decay by name, and one AdamW step against the formula."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +36,12 @@ def test_matrices_decay_and_biases_and_norms_do_not():
         "w_up_REDF": 1,
         "word_VD": 1,
         "w_router_RED": 1,
+        "position_PD": 1,
+        "w_DU": 1,
+        "b_U": 0,
+        "scale_U": 0,
+        "bias_U": 0,
+        "b_V": 0,
         "b_qkv_RGHK": 0,
         "b_out_RD": 0,
         "scale_RD": 0,
@@ -55,3 +62,27 @@ def test_one_step_is_adamw_after_clipping():
     np.testing.assert_allclose(updates["w_up_DF"], [[-0.1 * (1 + 0.5 * 3)]], rtol=1e-5)
     np.testing.assert_allclose(updates["b_up_F"], [-0.1], rtol=1e-5)
     np.testing.assert_allclose(state[1][0].mu["b_up_F"], [0.1 * 40 / 50], rtol=1e-5)  # clipped to norm 1
+
+
+def test_a_frozen_piece_table_has_no_moments_and_no_gradient():
+    params = {
+        "embedding": {"word_VD": jnp.array([[3.0]]), "type_YD": jnp.array([[1.0]])},
+        "w_up_DF": jnp.array([[2.0]]),
+    }
+
+    def names(**changes):
+        c = config_lib.Optim(learning_rate=0.1, schedule="constant", weight_decay=0.5, clip_norm=1.0, **changes)
+        optimizer = optim.make(c, steps=10)
+        frozen = optim.freeze if c.freeze_embedding else lambda params: params
+        loss = lambda params: sum(30 * x.sum() for x in jax.tree.leaves(frozen(params)))  # noqa: E731
+        gradients = jax.grad(loss)(params)
+        updates, state = optimizer.update(gradients, optimizer.init(params), params)
+        return [path[-1].key for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.ndim], updates
+
+    found, updates = names(freeze_embedding=True)
+    assert sorted(found) == ["type_YD", "type_YD", "w_up_DF", "w_up_DF"]  # first and second moments
+    assert updates["embedding"]["word_VD"] == 0  # exactly: it does not even decay
+    np.testing.assert_allclose(updates["w_up_DF"], [[-0.1 * (1 + 0.5 * 2)]], rtol=1e-5)
+    found, updates = names()
+    assert found.count("word_VD") == 2
+    np.testing.assert_allclose(updates["embedding"]["word_VD"], [[-0.1 * (1 + 0.5 * 3)]], rtol=1e-5)

@@ -1,5 +1,6 @@
 """The seam: loss and every gradient are the same on every mesh, for every cut into micro-batches, and one step trains."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_embed import config as config_lib
-from moe_embed import objectives, program, sharding
+from moe_embed import infonce, objectives, optim, program, sharding
 from moe_embed.model import encoder
 from moe_embed.model import moe as moe_lib
 from tests import tiny
@@ -16,17 +17,23 @@ from tests import tiny
 TOLERANCE = 1e-5  # relative, float32 (CONTRIBUTING.md, "Three truths")
 
 
-def run(c, *, data=1, expert=1, params=None, step=0):
+def batches_of(c, *, num_shards=1):
+    return (tiny.mlm_batches if c.loss.objective == "mlm" else tiny.batches)(c, num_shards=num_shards)
+
+
+def run(c, *, data=1, expert=1, params=None):
+    """Loss, metrics and gradients of the first batch on a mesh; `params` are tiny.params(c) unless given."""
     devices = jax.devices()[: data * expert]
     mesh = sharding.make_mesh(config_lib.Mesh(data=data, expert=expert), devices=devices)
-    prog = program.build(c, mesh)
-    state = prog.init() if params is None else None
-    params = state["params"] if params is None else jax.device_put(
-        params, sharding.shardings(params, column="parameter", mesh=mesh))  # fmt: skip
-    batch = tiny.batches(c, num_shards=mesh.size).batch_at(step)
+    prog = program.build(c, mesh, num_ids=tiny.FakeTokenizer.num_ids)
+    params = tiny.params(c) if params is None else params
+    arguments = (
+        jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh)),
+        sharding.put_batch(batches_of(c, num_shards=mesh.size).batch_at(0).arrays, mesh=mesh),
+    )
     with jax.default_matmul_precision("highest"):
-        (loss, metrics), gradients = prog.loss_and_gradients(params, sharding.put_batch(batch.arrays, mesh=mesh))
-    return jax.device_get(params), float(loss), metrics, jax.device_get(gradients)
+        (loss, metrics), gradients = tiny.compiled(prog.loss_and_gradients, *arguments)(*arguments)
+    return params, float(loss), metrics, jax.device_get(gradients)
 
 
 def differences(got, expected):
@@ -41,7 +48,20 @@ def differences(got, expected):
     return wrong, zero
 
 
-CASES = {"plain": {}, "hard negatives": {"data": {"num_negatives": 2}, "run": {"recompute": True}}}
+# Each with everything at once that can meet: what is tried alone is tried in test_infonce and test_objectives.
+CASES = {
+    "plain": {},
+    "finetuning": {
+        "data": {"num_negatives": 2},
+        "loss": {"dims": (16, 8), "dim_weights": (1.0, 0.5), "false_negative_margin": 0.025, "distill": "scores",
+                 "distill_temperature": 0.5},
+        "run": {"recompute": True},
+    },
+    "masked language modelling": {
+        "encoder": {"position": "learned", "num_positions": 34, "position_offset": 2},
+        "loss": {"objective": "mlm"},
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -62,10 +82,34 @@ def test_loss_and_every_gradient_are_the_same_on_every_mesh(reference, data, exp
         np.testing.assert_allclose(got_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
 
 
-def test_no_token_of_the_batch_is_near_a_tie(reference, monkeypatch):
-    """Top-k is discontinuous: were a token's k-th and next logit within 1e-5, rounding would decide and it were exempt."""
+def test_the_cases_hold_what_they_are_there_for(reference):
+    c, _, _, metrics, gradients = reference
+    batch = batches_of(c).batch_at(0).arrays
+    if c.loss.distill:
+        assert metrics["distill_loss"] > 0.01
+        assert (
+            metrics["masked_candidates"] > 2
+        )  # a query: copies and shared queries are fewer, so the margin is at work
+        assert len(np.unique(batch["query_id_N"])) < len(batch["query_id_N"])
+        assert -1 in batch["document_id_N"]
+        assert np.isnan(batch["teacher_score_N"]).any()
+        assert {"contrastive_loss_16", "contrastive_loss_8"} <= set(metrics)
+    if c.loss.objective == "mlm":
+        assert metrics["masked"] == (batch["target_MBZ"] >= 0).sum() > 50
+        assert (batch["target_MBZ"] < 0).any()
+        table_PD = gradients["embedding"]["position_PD"]
+        assert not table_PD[:2].any()  # before the offset
+        assert table_PD[2 : 2 + batch["positions_MBL"].max() + 1].any(1).all()
+    assert {"balance_loss", "router_load_RE"} <= set(metrics)
+
+
+def test_nothing_of_the_batch_is_near_a_tie(reference, monkeypatch):
+    """Top-k is discontinuous: were a token's k-th and next logit within 1e-5, rounding would decide and it were exempt.
+
+    So is the margin beyond which a document is no negative.
+    """
     c, params, *_ = reference
-    gaps, route = [], moe_lib.route
+    gaps, route, texts = [], moe_lib.route, []
 
     def noting(x_TD, real_T, w_router_ED, *, top_k):
         logits_TE = jax.lax.top_k(x_TD.astype(jnp.float32) @ w_router_ED.T, top_k + 1)[0]
@@ -73,19 +117,30 @@ def test_no_token_of_the_batch_is_near_a_tie(reference, monkeypatch):
         jax.debug.callback(lambda gap_T: gaps.append(np.array(gap_T)), gap_T)
         return route(x_TD, real_T, w_router_ED, top_k=top_k)
 
+    def noting_texts(query_ND, document_ND, ids, **terms):
+        jax.debug.callback(lambda *both: texts.extend(map(np.array, both)), query_ND, document_ND)
+        return infonce.infonce(query_ND, document_ND, ids, **terms)
+
     monkeypatch.setattr(moe_lib, "route", noting)
-    batch = {name: jnp.array(array) for name, array in tiny.batches(c).batch_at(0).arrays.items()}
-    jax.block_until_ready(jax.jit(lambda p: objectives.contrastive(p, batch, config=c))(params))
+    monkeypatch.setattr(objectives, "infonce", noting_texts)
+    batch = {name: jnp.array(array) for name, array in batches_of(c).batch_at(0).arrays.items()}
+    objective = objectives.mlm if c.loss.objective == "mlm" else objectives.contrastive
+    jax.block_until_ready(tiny.compiled(jax.jit(lambda p: objective(p, batch, config=c)), params)(params))
     jax.effects_barrier()
     gaps = np.concatenate(gaps)
     assert np.isfinite(gaps).sum() == 2 * int((batch["segments_MBL"] > 0).sum())  # two mixture layers
     assert not (gaps < 1e-5).sum()
+    if texts:
+        query_ND, document_ND = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in texts)
+        positive_ND = document_ND[:: 1 + c.data.num_negatives]
+        for a, b in ((query_ND, document_ND), (positive_ND, query_ND)):
+            own_N = (query_ND * positive_ND).sum(1)
+            assert np.abs(a @ b.T - own_N[:, None] - c.loss.false_negative_margin).min() > 1e-5
 
 
-def test_another_seed_of_the_weights_is_noticed(reference):
+def test_other_weights_are_noticed(reference):
     c, _, loss, _, gradients = reference
-    other = tiny.config(run={"seed": 1, "recompute": c.run.recompute}, data={"num_negatives": c.data.num_negatives})
-    _, got_loss, _, got = run(other)
+    _, got_loss, _, got = run(c, params=tiny.params(c, seed=1))
     assert got_loss != pytest.approx(loss, rel=1e-6)
     assert len(differences(got, gradients)[0]) == len(jax.tree.leaves(gradients))
 
@@ -93,8 +148,11 @@ def test_another_seed_of_the_weights_is_noticed(reference):
 @pytest.mark.parametrize("cut", [{"rows": 1}, {"rows": 16, "row_length": 64, "texts_per_row": 8}])
 def test_loss_and_gradients_do_not_depend_on_rows_micro_batches_and_recomputing(reference, cut):
     c, params, loss, _, gradients = reference
-    other = tiny.config(data=cut | {"num_negatives": c.data.num_negatives}, run={"recompute": not c.run.recompute})
-    assert tiny.batches(other).sizes != tiny.batches(c).sizes
+    if c.loss.objective == "mlm":  # there a row is what a batch is made of
+        cut = {"rows": cut["rows"]}
+    run_section = dataclasses.replace(c.run, recompute=not c.run.recompute)
+    other = dataclasses.replace(c, data=dataclasses.replace(c.data, **cut), run=run_section)
+    assert batches_of(other).sizes != batches_of(c).sizes
     _, got_loss, _, got = run(other, params=params)
     assert got_loss == pytest.approx(loss, rel=1e-6)
     assert not differences(got, gradients)[0]
@@ -163,6 +221,57 @@ def test_a_dense_model_is_built_by_the_same_seam():
     assert np.isfinite(loss)
     assert "balance_loss" not in metrics
     assert "moe" not in gradients["unit"]["0"]
+
+
+FREEZING = {"moe": {"num_experts": 0}, "loss": {"objective": "mlm"}}
+# Clipping would see the piece table's gradient; and Adam would blow up the rounding of a key's bias, whose true one is 0.
+PACE = {"schedule": "constant", "warmup_steps": 0, "clip_norm": 1e9, "epsilon": 1e-3}
+
+
+def trained(c, *, steps):
+    """Parameters before and after some steps on four devices, and the state."""
+    mesh = sharding.make_mesh(config_lib.Mesh(data=2, expert=2), devices=jax.devices()[:4])
+    prog, source = program.build(c, mesh, num_ids=tiny.FakeTokenizer.num_ids), batches_of(c, num_shards=4)
+    before = tiny.params(c)
+    state = prog.init(jax.device_put(before, sharding.shardings(before, column="parameter", mesh=mesh)))
+    batches = [sharding.put_batch(source.batch_at(step).arrays, mesh=mesh) for step in range(steps)]
+    step = tiny.compiled(prog.step, state, batches[0])
+    for batch in batches:
+        state, _ = step(state, batch)
+    return before, jax.device_get(state["params"]), state
+
+
+def test_a_frozen_piece_table_stays_bit_for_bit_and_the_rest_learns_as_before(eight_devices):
+    """The head scores against the same table: neither of its two uses may move it."""
+    moved = lambda before, after: jax.tree.map(lambda a, b: a.tobytes() != b.tobytes(), before, after)  # noqa: E731
+    frozen = tiny.config(**FREEZING, optim=PACE | {"freeze_embedding": True})
+    before, after, state = trained(frozen, steps=1)
+    changed = moved(before, after)
+    assert not changed["embedding"].pop(optim.FROZEN)
+    assert all(jax.tree.leaves(changed))
+    moments = [path for path, _ in jax.tree_util.tree_leaves_with_path(state["optimizer"]) if optim.FROZEN in str(path)]
+    assert not moments
+
+    before, free, state = trained(tiny.config(**FREEZING, optim=PACE), steps=1)
+    assert all(jax.tree.leaves(moved(before, free)))
+    assert any(optim.FROZEN in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(state["optimizer"]))
+    del after["embedding"][optim.FROZEN], free["embedding"][optim.FROZEN]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), after, free)
+
+
+def test_the_gradient_of_a_frozen_piece_table_is_exactly_zero():
+    _, loss, _, gradients = run(tiny.config(**FREEZING, optim={"freeze_embedding": True}))
+    assert np.isfinite(loss)
+    assert not gradients["embedding"].pop(optim.FROZEN).any()
+    assert all(leaf.any() for leaf in jax.tree.leaves(gradients))
+
+
+def test_only_the_objective_that_needs_a_head_has_one():
+    mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
+    params = program.build(tiny.config(loss={"objective": "mlm"}), mesh).abstract_state["params"]
+    assert set(params) == {"embedding", "unit", "head"}
+    assert params["head"]["b_V"].shape == (64,)
+    assert set(program.build(tiny.config(), mesh).abstract_state["params"]) == {"embedding", "unit"}
 
 
 @pytest.mark.parametrize(

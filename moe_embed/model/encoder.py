@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from moe_embed import config as config_lib
-from moe_embed.model import layers
+from moe_embed.model import layers, mlm_head
 from moe_embed.model import moe as moe_lib
 
 
@@ -68,14 +68,16 @@ class Encoder(nnx.Module):
         self.unit = make_units(rngs)
 
     def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array):
-        head_dim = self.c.dim // self.c.num_heads
-        angles = layers.rotary_angles(positions_BL, head_dim=head_dim, base=self.c.rotary_base)
+        angles = None
+        if self.c.position == "rotary":
+            head_dim = self.c.dim // self.c.num_heads
+            angles = layers.rotary_angles(positions_BL, head_dim=head_dim, base=self.c.rotary_base)
         unit_graph, unit_state = nnx.split(self.unit)
 
         def one_unit(x_BLD, state):
             return nnx.merge(unit_graph, state)(x_BLD, segments_BL, angles)
 
-        return jax.lax.scan(one_unit, self.embedding(tokens_BL), unit_state)
+        return jax.lax.scan(one_unit, self.embedding(tokens_BL, positions_BL), unit_state)
 
 
 @functools.cache
@@ -84,17 +86,21 @@ def _abstract(c: config_lib.Encoder, moe: config_lib.Moe):
     return nnx.split(nnx.eval_shape(lambda: Encoder(c, moe, rngs=nnx.Rngs(0))))
 
 
-def init(c: config_lib.Encoder, moe: config_lib.Moe, *, key: jax.Array) -> dict:
-    """Fresh float32 parameters: a nested dict whose last names carry the dims (`unit/1/moe/w_up_REDF`)."""
+def init(c: config_lib.Encoder, moe: config_lib.Moe, *, key: jax.Array, with_head: bool = False) -> dict:
+    """Fresh float32 parameters: a nested dict whose last names carry the dims (`unit/1/moe/w_up_REDF`).
+
+    `with_head` adds `head`, that of masked language modelling (mlm_head.py).
+    """
     state = nnx.state(Encoder(c, moe, rngs=nnx.Rngs(params=key)))
-    return _rename(nnx.to_pure_dict(state), stacked=False, rename=_with_repeats)
+    params = _rename(nnx.to_pure_dict(state), stacked=False, rename=_with_repeats)
+    return params | {"head": mlm_head.init(c, key=jax.random.fold_in(key, 1))} if with_head else params
 
 
 def apply(params: dict, tokens_BL, segments_BL, positions_BL, *, c: config_lib.Encoder, moe: config_lib.Moe):
     """Run the encoder.
 
     Args:
-      params: nested dict of named arrays, as `init` returns them.
+      params: nested dict of named arrays, as `init` returns them; a `head` has no part in this.
       tokens_BL: int32 ids. segments_BL: int32, texts of a row numbered from 1, 0 is padding. positions_BL: int32,
         counted from 0 in each text.
 
@@ -103,6 +109,7 @@ def apply(params: dict, tokens_BL, segments_BL, positions_BL, *, c: config_lib.E
     """
     graph, state = _abstract(c, moe)
     state = nnx.merge_state(state)  # a copy: replace_by_pure_dict writes into it
+    params = {name: value for name, value in params.items() if name != "head"}
     nnx.replace_by_pure_dict(state, _rename(params, stacked=False, rename=_without_repeats))
     return nnx.merge(graph, state)(tokens_BL, segments_BL, positions_BL)
 

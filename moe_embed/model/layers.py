@@ -18,6 +18,12 @@ def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
 
 
+def standardise(x: jax.Array, *, epsilon: float) -> jax.Array:
+    """Mean 0 and variance 1 along the last dim."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+
+
 class Norm(nnx.Module):
     """LayerNorm in float32."""
 
@@ -27,23 +33,26 @@ class Norm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        x = x_BLD.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        x = standardise(x_BLD.astype(jnp.float32), epsilon=self.epsilon)
         return (x * self.scale_D[...] + self.bias_D[...]).astype(x_BLD.dtype)
 
 
 class Embedding(nnx.Module):
-    """Piece plus token type 0, normalised. Positions enter in the attention."""
+    """Piece plus token type 0, plus the position where positions are learned, normalised; rotary ones enter in the attention."""
 
     def __init__(self, c: config_lib.Encoder, *, rngs: nnx.Rngs):
         self.word_VD = nnx.Param(jax.random.normal(rngs.params(), (c.vocab_size, c.dim), jnp.float32) * 0.02)
         self.type_YD = nnx.Param(jnp.zeros((c.num_token_types, c.dim), jnp.float32))
+        if c.position == "learned":
+            self.position_PD = nnx.Param(jax.random.normal(rngs.params(), (c.num_positions, c.dim), jnp.float32) * 0.02)
+            self.position_offset = c.position_offset
         self.norm = Norm(c.dim, epsilon=c.norm_epsilon)
         self.dtype = c.dtype
 
-    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
         x_BLD = self.word_VD[...][tokens_BL] + self.type_YD[...][0]
+        if hasattr(self, "position_PD"):
+            x_BLD += self.position_PD[...][positions_BL + self.position_offset]
         return self.norm(x_BLD).astype(self.dtype)
 
 
@@ -71,10 +80,12 @@ class Attention(nnx.Module):
         self.b_out_D = nnx.Param(jnp.zeros(c.dim, jnp.float32))
 
     def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array, angles) -> jax.Array:
+        """`angles` are rotary_angles' cos and sin, or None where positions are learned."""
         dtype = x_BLD.dtype
         qkv_GBLHK = jnp.einsum("BLD,DGHK->GBLHK", x_BLD, self.w_qkv_DGHK[...].astype(dtype))
         q_BLHK, k_BJHK, v_BJHK = qkv_GBLHK + self.b_qkv_GHK[...].astype(dtype)[:, None, None]
-        q_BLHK, k_BJHK = rotate(q_BLHK, *angles), rotate(k_BJHK, *angles)
+        if angles is not None:
+            q_BLHK, k_BJHK = rotate(q_BLHK, *angles), rotate(k_BJHK, *angles)
         scores_BHLJ = jnp.einsum("BLHK,BJHK->BHLJ", q_BLHK, k_BJHK, preferred_element_type=jnp.float32)
         same_BLJ = segments_BL[:, :, None] == segments_BL[:, None, :]  # padding attends to padding: finite, unused
         scores_BHLJ = jnp.where(same_BLJ[:, None], scores_BHLJ * q_BLHK.shape[-1] ** -0.5, -1e30)
