@@ -20,7 +20,7 @@ MANIFEST = "digests.json"
 
 
 def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathlib.Path:
-    """Write state {"step", "params", "optimizer"} to folder/<step>, its manifest last; then drop all but `keep` good ones.
+    """Write state {"step", "params"[, "optimizer"]} to folder/<step>, its manifest last; then drop all but `keep` good ones.
 
     `facts` (plain JSON: the data fingerprint) is kept in the manifest. Returns the step's directory.
     """
@@ -29,9 +29,10 @@ def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathli
     if path.is_dir():  # unverified, or it would have been resumed from
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    training = {"step": state["step"], "optimizer": state["optimizer"]}
+    items = {"params": ocp.args.StandardSave(state["params"])}
+    if "optimizer" in state:  # a model folder has none: there is nothing to continue
+        items["training"] = ocp.args.StandardSave({"step": state["step"], "optimizer": state["optimizer"]})
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        items = {"params": ocp.args.StandardSave(state["params"]), "training": ocp.args.StandardSave(training)}
         checkpointer.save(path, args=ocp.args.Composite(**items))
     _write_manifest(path, facts)
     for old in [s for s in steps(folder) if not problem(folder, s)][:-keep]:

@@ -1,26 +1,29 @@
 """Any --model -> a Model: parameters, tokenizer, prompts, and `encode`. What embed, evaluate, export and notebooks use.
 
-A model is a workdir (its newest verified step) or a folder in Hugging Face layout, as export writes it.
+A model is a workdir (its newest verified step), a model folder (a workdir with step 0 and no optimiser, as import_hf,
+upcycle and soup write it) or a folder in Hugging Face layout, as export writes it.
 """
 
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 import tqdm
 
-from moe_embed import checkpoint, hf_layout, program, sharding
+from moe_embed import checkpoint, hf_folder, program, sharding
 from moe_embed import config as config_lib
 from moe_embed.config import UserError
 from moe_embed.data import batches, sources
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.model import encoder as encoder_lib
 
-DESCRIPTION = "workdir.json"  # of a workdir: {"config", "prompts", "versions"}
-TOKENIZER = "tokenizer.model"
+DESCRIPTION = (
+    "workdir.json"  # {"config", "prompts", "versions"}; in a model folder "encoder", "moe", "head" for "config"
+)
 TEXTS_PER_ROW = 16
 ROW_TOKENS = 4096  # tokens a device encodes at once
 MIN_ROW = 64
@@ -33,7 +36,7 @@ class Model:
     encoder: config_lib.Encoder
     moe: config_lib.Moe
     params: dict
-    tokenizer: tokenizer_lib.Tokenizer
+    tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.JsonTokenizer
     prompts: dict[str, str]
     mesh: jax.sharding.Mesh
     origin: str
@@ -132,55 +135,107 @@ def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None) -> 
     if (root / DESCRIPTION).is_file():
         return _load_workdir(root, mesh)
     if (root / "config.json").is_file():
-        encoder, moe, params, prompts, tokenizer_path = hf_layout.read_folder(root)
-        params = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
-        return Model(encoder, moe, params, tokenizer_lib.read(tokenizer_path), prompts, mesh, str(root))
+        found = hf_folder.read_folder(root)
+        params = jax.device_put(found.params, sharding.shardings(found.params, column="parameter", mesh=mesh))
+        return Model(found.encoder, found.moe, params, found.tokenizer, found.prompts, mesh, str(root))
     raise UserError(
         f"{root} holds no model: neither a workdir ({DESCRIPTION}) nor a Hugging Face folder (config.json)."
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What workdir.json says. `config` is the run's, None in a model folder (import_hf, upcycle, soup): nothing to continue."""
+
+    encoder: config_lib.Encoder
+    moe: config_lib.Moe
+    prompts: dict[str, str]
+    with_head: bool  # a head of masked language modelling is among the parameters
+    config: config_lib.Config | None
+
+
 def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh) -> Model:
-    config, prompts = read_description(root)
+    d = read_description(root)
     step = checkpoint.newest_verified(root / "checkpoints", say=print)
     if step is None:
         raise UserError(f"{root} has no checkpoint yet; train it first: python -m moe_embed.train --workdir={root} ...")
-    abstract = jax.eval_shape(lambda: encoder_lib.init(config.encoder, config.moe, key=jax.random.key(0)))
+    init = lambda: encoder_lib.init(d.encoder, d.moe, key=jax.random.key(0), with_head=d.with_head)  # noqa: E731
+    abstract = jax.eval_shape(init)
     shardings = sharding.shardings(abstract, column="parameter", mesh=mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     params = checkpoint.restore_params(root / "checkpoints", step, abstract_params=abstract)
-    tokenizer = tokenizer_lib.read(root / TOKENIZER)
-    return Model(config.encoder, config.moe, params, tokenizer, prompts, mesh, f"{root} (step {step})")
+    return Model(d.encoder, d.moe, params, find_tokenizer(root), d.prompts, mesh, f"{root} (step {step})")
 
 
-def read_description(root: pathlib.Path) -> tuple[config_lib.Config, dict[str, str]]:
-    """The config and the prompts a workdir was written with."""
+def read_description(root: pathlib.Path) -> Description:
+    """What a workdir or a model folder was written with. UserError if its workdir.json cannot be read."""
     try:
         description = json.loads((root / DESCRIPTION).read_text())
         prompts = description["prompts"]
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
             raise ValueError(f"its prompts are {prompts!r}")
-        return config_lib.from_dict(description["config"]), prompts
+        if "config" in description:
+            config = config_lib.from_dict(description["config"])
+            return Description(config.encoder, config.moe, prompts, config.loss.objective == "mlm", config)
+        encoder = config_lib.section("encoder", description["encoder"])
+        return Description(encoder, config_lib.section("moe", description["moe"]), prompts, description["head"], None)
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{root / DESCRIPTION} cannot be read ({error}); it is written by train.") from error
+        raise UserError(
+            f"{root / DESCRIPTION} cannot be read ({error}); train and import_hf write such files."
+        ) from error
+
+
+def find_tokenizer(root: pathlib.Path) -> tokenizer_lib.Tokenizer | tokenizer_lib.JsonTokenizer:
+    """The tokenizer a workdir or model folder carries."""
+    kinds = (tokenizer_lib.Tokenizer, tokenizer_lib.JsonTokenizer)
+    there = [root / kind.file_name for kind in kinds if (root / kind.file_name).is_file()]
+    return tokenizer_lib.read(there[0] if there else root / kinds[0].file_name)
 
 
 def prompts_of(config: config_lib.Config) -> dict[str, str]:
-    """What a run puts in front of a text, by the name of the task."""
+    """What a run puts in front of a text, by the name of the task; masked language modelling puts nothing."""
+    if config.loss.objective == "mlm":
+        return {}
     return {"query": config.data.query_prompt, "document": config.data.document_prompt}
 
 
-def write_description(root: pathlib.Path, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer) -> None:
+def write_description(root: pathlib.Path, config: config_lib.Config, tokenizer, *, prompts: dict[str, str]) -> None:
     """Make `root` a workdir: config, prompts and versions, and a copy of the tokenizer."""
+    _write(root, {"config": config_lib.to_dict(config), "prompts": prompts}, tokenizer)
+
+
+def save(model: Model, output: str | pathlib.Path, *, made_by: str) -> None:
+    """Write a model folder: a workdir with step 0 and no optimiser, for --model and --init_from.
+
+    `made_by` says in a sentence where it comes from. An earlier model folder at `output` is replaced; UserError if
+    anything else is there.
+    """
+    root = pathlib.Path(output)
+    check_model_output(root)
+    if root.exists():
+        shutil.rmtree(root)
+    root.mkdir(parents=True)
+    state = {"step": 0, "params": model.params}
+    checkpoint.save(root / "checkpoints", state, facts={"made_by": made_by}, keep=1)
+    shape = {"encoder": dataclasses.asdict(model.encoder), "moe": dataclasses.asdict(model.moe)}
+    description = {**shape, "head": "head" in model.params, "prompts": model.prompts, "made_by": made_by}
+    _write(root, description, model.tokenizer)
+
+
+def check_model_output(root: pathlib.Path) -> None:
+    """UserError, before any work, unless `save` may write a model folder at `root`."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return
+    if not (root / DESCRIPTION).is_file() or read_description(root).config is not None:
+        raise UserError(f"--output={root} exists and is no earlier model folder; name another.")
+
+
+def _write(root: pathlib.Path, description: dict, tokenizer) -> None:
     import flax
     import orbax.checkpoint
 
-    description = {
-        "config": config_lib.to_dict(config),
-        "prompts": prompts_of(config),
-        "versions": {m.__name__: m.__version__ for m in (jax, flax, np, orbax.checkpoint)},
-    }
-    (root / TOKENIZER).write_bytes(tokenizer.model_bytes)
+    description |= {"versions": {m.__name__: m.__version__ for m in (jax, flax, np, orbax.checkpoint)}}
+    (root / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
     partial = root / (DESCRIPTION + ".partial")
     partial.write_text(json.dumps(description, indent=1) + "\n")
     partial.replace(root / DESCRIPTION)

@@ -21,6 +21,24 @@ HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transforme
 collect_ignore = [] if HAS_TORCH else ["parity"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--released", metavar="DIR", help="a copy of nomic-ai/nomic-embed-text-v2-moe, for -m released")
+
+
+@pytest.hookimpl(trylast=True)  # after -m has selected
+def pytest_collection_modifyitems(config, items):
+    """Tests of the released folder run where it is given. Asked for by name without it, they are an error, not a skip."""
+    released = [item for item in items if item.get_closest_marker("released")]
+    if config.getoption("--released") is not None or not released:
+        return
+    if "released" in config.option.markexpr:
+        raise pytest.UsageError(
+            "-m released reads the released model: add --released=DIR, a copy of nomic-embed-text-v2-moe."
+        )
+    items[:] = [item for item in items if item not in released]
+    config.hook.pytest_deselected(items=released)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Without the [torch] extra the last lines of a run say what that costs."""
     if not HAS_TORCH:

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import pathlib
+import resource
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -12,11 +15,14 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 
-from moe_embed import config, export, sharding
+import moe_embed
+from moe_embed import config, export, hf_folder, hf_layout, sharding
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, load
 from moe_embed.model import encoder as encoder_lib
+from tests import hf_tiny
 
+SAMPLE = pathlib.Path(moe_embed.__file__).parent / "sample"
 FILES = {
     "config.json", "model.safetensors", "modeling_moe_embed.py", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "sentencepiece.bpe.model", "modules.json", "1_Pooling", "sentence_bert_config.json",
@@ -32,13 +38,13 @@ def small_tokenizer(**options) -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.Tokenizer(model.getvalue(), origin="a test")
 
 
-def small_model(*, moe=None, tokenizer=None, seed=0) -> Model:
+def small_model(*, moe=None, tokenizer=None, seed=0, with_head=False, **shape) -> Model:
     """A random encoder whose biases, norms and shared bias are not what they start as, so that a lost one shows."""
     tokenizer, moe = tokenizer or small_tokenizer(), moe or config.Moe(num_experts=4, top_k=2)
     rows = -(-tokenizer.num_ids // 64) * 64
-    encoder = config.Encoder(vocab_size=rows, num_layers=4, dim=32, num_heads=4, ffn_dim=48, max_seq_length=64)
+    encoder = config.Encoder(vocab_size=rows, num_layers=4, dim=32, num_heads=4, ffn_dim=48, max_seq_length=64, **shape)
     rng = np.random.default_rng(seed)
-    params = encoder_lib.init(encoder, moe, key=jax.random.key(seed))
+    params = encoder_lib.init(encoder, moe, key=jax.random.key(seed), with_head=with_head)
     params = jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype(np.float32), params)
     prompts = {"query": "search_query: ", "document": "search_document: "}
     return Model(encoder, moe, params, tokenizer, prompts, sharding.make_mesh(config.Mesh()), "a test model")
@@ -92,37 +98,51 @@ def test_what_sentence_transformers_and_servers_read(model, tmp_path):
     assert "a test model" not in card
 
 
-def test_tokenizer_json_has_xlm_r_ids():
-    tokenizer = small_tokenizer()
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
-    found = export.tokenizer_json(tokenizer.model_bytes)
-    vocab = [piece for piece, _ in found["model"]["vocab"]]
-    assert vocab[:4] == ["<s>", "<pad>", "</s>", "<unk>"]
-    assert vocab[4:-1] == [pieces.id_to_piece(i) for i in range(3, pieces.get_piece_size())]
-    assert vocab[-1] == "<mask>"
-    assert len(vocab) == tokenizer.num_ids
-    assert {token["content"]: token["id"] for token in found["added_tokens"]}["<mask>"] == len(vocab) - 1
-    lowest = min(score for _, score in found["model"]["vocab"][4:-1])
-    assert all(score < 6 * lowest for piece, score in found["model"]["vocab"] if piece in ("<s>", "</s>", "<mask>"))
+LEARNED = {"position": "learned", "num_positions": 66, "position_offset": 2}
+FROM_ROW_0 = {"position": "learned", "num_positions": 64, "num_token_types": 2, "norm_epsilon": 1e-12}
+FORMS = {
+    "dense": (config.Moe(num_experts=0), {}, "nomic_bert"),
+    "every layer": (config.Moe(num_experts=4, every=1), {}, "nomic_bert"),
+    "bert": (config.Moe(num_experts=0), FROM_ROW_0, "bert"),
+    "xlm-roberta": (config.Moe(num_experts=0), LEARNED, "xlm-roberta"),
+    "moe_embed": (config.Moe(num_experts=4), LEARNED, "moe_embed"),
+}
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"model_type": "bpe"}, "no plain unigram"),
-    ({"add_dummy_prefix": False}, "blanks"),
-    ({"user_defined_symbols": ["search query:"]}, "special piece"),
-    ({"user_defined_symbols": ["½"]}, "special piece"),
-])  # fmt: skip
-def test_a_tokenizer_that_the_format_cannot_say_is_refused(options, words):
-    with pytest.raises(config.UserError, match=words):
-        export.tokenizer_json(small_tokenizer(**options).model_bytes)
-
-
-@pytest.mark.parametrize("moe", [config.Moe(num_experts=0), config.Moe(num_experts=4, every=1)])
-def test_other_shapes_export_too(moe, monkeypatch, tmp_path):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["sentencepiece", "word pieces"])
+def test_every_form_exports_and_reads_back_bit_for_bit(form, kind, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(export, "_torch_is_here", lambda: False)
-    model = small_model(moe=moe)
-    assert export.export(model, tmp_path / "out")["moe_embed"] <= 1e-5
-    assert load(tmp_path / "out").moe.num_experts == moe.num_experts
+    moe, shape, model_type = FORMS[form]
+    tokenizer = None
+    if kind == "word pieces":
+        tokenizer = tokenizer_lib.JsonTokenizer(hf_tiny.word_pieces(export.TEXTS), origin="a test")
+    model = small_model(moe=moe, tokenizer=tokenizer, with_head=True, **shape)
+    if (form, kind) == ("xlm-roberta", "word pieces"):  # its positions are counted from <pad>, which is 0 here
+        with pytest.raises(config.UserError, match="cannot be written as XLM-R"):
+            export.export(model, tmp_path / "out")
+        return
+    report = export.export(model, tmp_path / "out")
+    assert report["moe_embed"] <= 1e-5
+    assert "the head of masked language modelling is not exported" in capsys.readouterr().out
+    out, native = tmp_path / "out", model_type in ("bert", "xlm-roberta")
+    files = FILES - ({"modeling_moe_embed.py"} if native else set())
+    assert {path.name for path in out.iterdir()} == files - ({"sentencepiece.bpe.model"} if tokenizer else set())
+    assert read(out / "config.json")["model_type"] == model_type
+    assert ("auto_map" in read(out / "config.json")) == (not native)
+    again = load(out)
+    assert (again.encoder, again.moe) == (model.encoder, model.moe)
+    assert set(again.params) == {"embedding", "unit"}
+    ours = {name: model.params[name] for name in again.params}
+    assert jax.tree.structure(again.params) == jax.tree.structure(ours)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, ours))
+    assert again.tokenizer.model_bytes == model.tokenizer.model_bytes
+    monkeypatch.setattr(export, "_parity", lambda *_: report)  # measured above
+    export.export(again, tmp_path / "again")  # and the second export is the first, byte for byte
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    for name in files - {"modeling_moe_embed.py", "parity.json", "README.md", "1_Pooling"}:
+        if (out / name).exists():
+            assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
 
 
 def test_a_wrong_layout_is_noticed_and_nothing_is_left(model, tmp_path, monkeypatch):
@@ -145,7 +165,7 @@ def test_a_failure_keeps_the_earlier_export(model, tmp_path, monkeypatch):
     export.export(model, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_model_card", lambda *_: 1 / 0)
+        patch.setattr(export.model_card, "model_card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export.export(small_model(seed=1), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
@@ -182,3 +202,42 @@ def test_a_users_error_is_one_sentence_and_exit_2(tmp_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_verb_says_which_form_it_chose(form, tmp_path, capsys, monkeypatch):
+    moe, shape, model_type = FORMS[form]
+    monkeypatch.setattr(export, "load", lambda path: small_model(moe=moe, **shape))
+    monkeypatch.setattr(export, "export", lambda *_, **__: {"moe_embed": 0.0, "torch": "not run"})
+    export.main(["--model=m", f"--output={tmp_path / 'out'}"])
+    assert f"wrote {tmp_path / 'out'}: {export.FORMS[model_type]}\n" in capsys.readouterr().out
+    assert set(export.FORMS) == {"nomic_bert", "bert", "xlm-roberta", "moe_embed"}
+
+
+@pytest.mark.slow
+def test_full_size_exports_and_reads_back_bit_for_bit(tmp_path, monkeypatch):
+    """475,292,928 parameters. Peak memory of this process and the seconds are in the captured output."""
+    monkeypatch.setattr(export, "_torch_is_here", lambda: False)
+    tokenizer = tokenizer_lib.read(SAMPLE / "tokenizer.model")
+    encoder = config.Encoder(vocab_size=250_048, num_layers=12, dim=768, num_heads=12, ffn_dim=3072, max_seq_length=512)
+    mesh = sharding.make_mesh(config.Mesh(data=1), devices=jax.devices()[:1])
+    params = jax.tree.map(np.asarray, encoder_lib.init(encoder, config.Moe(), key=jax.random.key(0)))
+    model = Model(encoder, config.Moe(), params, tokenizer, {"query": "search_query: "}, mesh, "full size")
+    start = time.perf_counter()
+    report = export.export(model, tmp_path / "out")
+    print(
+        f"{time.perf_counter() - start:.0f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    )
+    assert report["moe_embed"] <= 1e-5
+    stored = hf_folder.read_safetensors(tmp_path / "out" / "model.safetensors")
+    assert len(stored) == 148
+    assert sum(tensor.size for tensor in stored.values()) == 475_292_928
+    assert "of which 305,423,616 are active" in (tmp_path / "out" / "README.md").read_text()
+    assert {name: tensor.shape for name, tensor in stored.items()} == hf_layout.tensor_shapes(encoder, config.Moe())
+    del stored
+    again = hf_folder.read_folder(tmp_path / "out")
+    assert (again.encoder, again.moe) == (encoder, config.Moe())
+    assert jax.tree.structure(again.params) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, params))
+    again.params["unit"]["1"]["moe"]["w_down_REFD"][5, 7, 3071, 767] += 1
+    assert not jax.tree.all(jax.tree.map(np.array_equal, again.params, params))

@@ -1,66 +1,46 @@
-"""The map to the released tensors: hand-written indices, shapes at full size, and every refusal by name."""
+"""The map between our parameters and theirs: hand-written indices, shapes at full size, and every refusal by name."""
 
-import json
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from moe_embed import hf_layout
 from moe_embed.config import Encoder, Moe, UserError
 from moe_embed.model import encoder as encoder_lib
+from tests import hf_tiny
+from tests.hf_tiny import BERT, DENSE, MOE, NOMIC, XLM_R, random_params
 
-SMALL = Encoder(vocab_size=10, num_layers=4, dim=8, num_heads=2, ffn_dim=6, max_seq_length=16)
-MOE = Moe(num_experts=3, top_k=2, every=2)
 FULL = Encoder(vocab_size=250_048, num_layers=12, dim=768, num_heads=12, ffn_dim=3072, max_seq_length=512)
-# The released config.json, the keys that say something about the maths or the size.
-RELEASED = {
-    "activation_function": "gelu", "causal": False, "expert_choice_router": False, "ffn_div": 1,
-    "layer_norm_epsilon": 1e-05, "max_trained_positions": 2048, "mlp_fc1_bias": True, "mlp_fc2_bias": True,
-    "model_type": "nomic_bert", "moe_every_n_layers": 2, "moe_normalize_expert_weights": False, "moe_top_k": 2,
-    "n_embd": 768, "n_head": 12, "n_inner": 3072, "n_layer": 12, "n_positions": 2048, "num_experts": 8,
-    "num_shared_experts": 0, "parallel_block": False, "prenorm": False, "qkv_proj_bias": True, "use_rms_norm": None,
-    "rotary_emb_base": 10000, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False,
-    "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "type_vocab_size": 1, "vocab_size": 250048,
-}  # fmt: skip
 
 
-def random_params(encoder, moe):
-    rng, params = np.random.default_rng(0), {}
-    for path, shape in hf_layout.param_shapes(encoder, moe).items():
-        *keys, leaf = path.split("/")
-        node = params
-        for key in keys:
-            node = node.setdefault(key, {})
-        node[leaf] = rng.normal(size=shape).astype(np.float32)
-    return params
-
-
-def write_folder(folder, *, encoder=SMALL, moe=MOE, **config):
-    folder.mkdir(exist_ok=True)
-    params = random_params(encoder, moe)
+@pytest.mark.parametrize(("encoder", "moe"), hf_tiny.ALL.values(), ids=hf_tiny.ALL)
+@pytest.mark.parametrize("with_head", [False, True])
+def test_round_trip_is_bit_equal(encoder, moe, with_head):
+    if with_head and hf_layout.model_type(encoder, moe) not in hf_layout.HEAD:
+        params = random_params(encoder, moe) | {"head": {"b_V": np.zeros(96, np.float32)}}
+        with pytest.raises(UserError, match="parameter head/b_V is unknown"):
+            hf_layout.to_tensors(params, encoder=encoder, moe=moe)
+        return
+    params = random_params(encoder, moe, with_head=with_head)
     tensors = hf_layout.to_tensors(params, encoder=encoder, moe=moe)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_layout.hf_config(encoder, moe) | config))
-    (folder / "sentencepiece.bpe.model").write_bytes(b"not looked at here")
-    return params
-
-
-@pytest.mark.parametrize("moe", [MOE, Moe(num_experts=3, every=1), Moe(num_experts=3, every=4), Moe(num_experts=0)])
-def test_round_trip_is_bit_equal(moe):
-    params = random_params(SMALL, moe)
-    tensors = hf_layout.to_tensors(params, encoder=SMALL, moe=moe)
-    assert {name: tensor.shape for name, tensor in tensors.items()} == hf_layout.tensor_shapes(SMALL, moe)
-    again = hf_layout.from_tensors(tensors, encoder=SMALL, moe=moe)
+    shapes = hf_layout.tensor_shapes(encoder, moe, with_head=with_head)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
+    again = hf_layout.from_tensors(tensors, encoder=encoder, moe=moe, with_head=with_head)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
 
 
+def test_the_model_says_which_layout_holds_it():
+    found = [hf_layout.model_type(encoder, moe) for encoder, moe in hf_tiny.ALL.values()]
+    assert found == [*["nomic_bert"] * 4, "bert", "xlm-roberta", "moe_embed", "moe_embed"]
+
+
 def test_attention_indices_by_hand():
-    params = random_params(SMALL, MOE)
-    tensors = hf_layout.to_tensors(params, encoder=SMALL, moe=MOE)
+    params = random_params(NOMIC, MOE)
+    tensors = hf_layout.to_tensors(params, encoder=NOMIC, moe=MOE)
     dim, heads, head_dim = 8, 2, 4
     for layer in range(4):
         repeat, block = divmod(layer, 2)
@@ -80,8 +60,8 @@ def test_attention_indices_by_hand():
 
 
 def test_expert_indices_by_hand():
-    params = random_params(SMALL, MOE)
-    tensors = hf_layout.to_tensors(params, encoder=SMALL, moe=MOE)
+    params = random_params(NOMIC, MOE)
+    tensors = hf_layout.to_tensors(params, encoder=NOMIC, moe=MOE)
     for layer in (1, 3):
         ours, theirs = params["unit"]["1"]["moe"], f"encoder.layers.{layer}.mlp"
         w1, w2 = (tensors[f"{theirs}.experts.mlp.{name}"] for name in ("w1", "w2"))
@@ -99,10 +79,63 @@ def test_expert_indices_by_hand():
         np.testing.assert_array_equal(fc1.T, params["unit"]["0"]["mlp"]["w_up_RDF"][layer // 2])
 
 
+@pytest.mark.parametrize("encoder", [BERT, XLM_R], ids=["bert", "xlm-roberta"])
+def test_bert_indices_by_hand(encoder):
+    params = random_params(encoder, DENSE)
+    tensors = hf_layout.to_tensors(params, encoder=encoder, moe=DENSE)
+    ours, block = params["embedding"], params["unit"]["0"]
+    for name, leaf in (("word", "word_VD"), ("position", "position_PD"), ("token_type", "type_YD")):
+        np.testing.assert_array_equal(tensors[f"embeddings.{name}_embeddings.weight"], ours[leaf])
+    np.testing.assert_array_equal(tensors["embeddings.LayerNorm.bias"], ours["norm"]["bias_D"])
+    for layer in range(4):
+        theirs = f"encoder.layer.{layer}"
+        for g, part in enumerate(("query", "key", "value")):
+            for h in range(2):
+                for k in range(4):
+                    bias = tensors[f"{theirs}.attention.self.{part}.bias"][h * 4 + k]
+                    assert bias == block["attention"]["b_qkv_RGHK"][layer, g, h, k]
+                    for d in range(8):
+                        weight = tensors[f"{theirs}.attention.self.{part}.weight"][h * 4 + k, d]
+                        assert weight == block["attention"]["w_qkv_RDGHK"][layer, d, g, h, k]
+                        out = tensors[f"{theirs}.attention.output.dense.weight"][d, h * 4 + k]
+                        assert out == block["attention"]["w_out_RHKD"][layer, h, k, d]
+        for name, part, leaf in (
+            ("attention.output.dense.bias", "attention", "b_out_RD"),
+            ("attention.output.LayerNorm.weight", "norm1", "scale_RD"),
+            ("attention.output.LayerNorm.bias", "norm1", "bias_RD"),
+            ("intermediate.dense.bias", "mlp", "b_up_RF"),
+            ("output.dense.bias", "mlp", "b_down_RD"),
+            ("output.LayerNorm.weight", "norm2", "scale_RD"),
+            ("output.LayerNorm.bias", "norm2", "bias_RD"),
+        ):
+            np.testing.assert_array_equal(tensors[f"{theirs}.{name}"], block[part][leaf][layer])
+        np.testing.assert_array_equal(tensors[f"{theirs}.intermediate.dense.weight"].T, block["mlp"]["w_up_RDF"][layer])
+        np.testing.assert_array_equal(tensors[f"{theirs}.output.dense.weight"].T, block["mlp"]["w_down_RFD"][layer])
+
+
+@pytest.mark.parametrize(("encoder", "dense", "norm", "bias"), [
+    (BERT, "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    (XLM_R, "lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+], ids=["bert", "xlm-roberta"])  # fmt: skip
+def test_head_indices_by_hand(encoder, dense, norm, bias):
+    params = random_params(encoder, DENSE, with_head=True)
+    tensors, head = hf_layout.to_tensors(params, encoder=encoder, moe=DENSE), params["head"]
+    assert not np.array_equal(head["w_DU"], head["w_DU"].T)
+    np.testing.assert_array_equal(tensors[f"{dense}.weight"], head["w_DU"].T)
+    for name, leaf in (
+        (f"{dense}.bias", "b_U"),
+        (f"{norm}.weight", "scale_U"),
+        (f"{norm}.bias", "bias_U"),
+        (bias, "b_V"),
+    ):
+        np.testing.assert_array_equal(tensors[name], head[leaf])
+
+
 def test_full_size_is_the_released_model():
     tensors = hf_layout.tensor_shapes(FULL, Moe())
     assert len(tensors) == 148
     assert sum(map(math.prod, tensors.values())) == 475_292_928
+    assert hf_layout.num_parameters(FULL, Moe()) == (475_292_928, 305_423_616)
     assert tensors["embeddings.word_embeddings.weight"] == (250_048, 768)
     assert tensors["encoder.layers.0.attn.Wqkv.weight"] == (2304, 768)
     assert tensors["encoder.layers.11.mlp.experts.mlp.w1"] == tensors["encoder.layers.1.mlp.experts.mlp.w2"]
@@ -111,111 +144,37 @@ def test_full_size_is_the_released_model():
     assert "encoder.layers.10.mlp.experts.bias" not in tensors
 
 
+def test_active_parameters_are_all_but_the_experts_a_token_skips():
+    assert len(set(hf_layout.num_parameters(XLM_R, DENSE))) == 1
+    total, active = hf_layout.num_parameters(XLM_R, MOE)
+    one_more = dataclasses.replace(MOE, num_experts=4)
+    expert = 2 * 6 * 8  # two matrices, in each of two layers
+    assert hf_layout.num_parameters(XLM_R, one_more) == (total + 2 * (expert + 8), active + 2 * 8)  # the router's row
+    assert total - active == 2 * expert
+
+
 @pytest.mark.parametrize("moe", [Moe(), Moe(num_experts=0), Moe(every=3)])
-def test_our_encoder_has_these_parameters_at_full_size(moe):
-    params = jax.eval_shape(lambda: encoder_lib.init(FULL, moe, key=jax.random.key(0)))
-    found = {path: leaf.shape for path, leaf in hf_layout._flatten(params)}
-    assert found == hf_layout.param_shapes(FULL, moe)
+@pytest.mark.parametrize("positions", [{}, {"position": "learned", "num_positions": 514, "position_offset": 2}])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_our_encoder_has_these_parameters_at_full_size(moe, positions, with_head):
+    full = dataclasses.replace(FULL, **positions)
+    with_head = with_head and hf_layout.model_type(full, moe) in hf_layout.HEAD
+    params = jax.eval_shape(lambda: encoder_lib.init(full, moe, key=jax.random.key(0), with_head=with_head))
+    found = {path: leaf.shape for path, leaf in hf_layout.flatten(params)}
+    assert found == hf_layout.param_shapes(full, moe, with_head=with_head)
 
 
 def test_what_is_missing_unknown_or_mis_shaped_is_named():
-    tensors = hf_layout.to_tensors(random_params(SMALL, MOE), encoder=SMALL, moe=MOE)
+    tensors = hf_layout.to_tensors(random_params(NOMIC, MOE), encoder=NOMIC, moe=MOE)
     name = "encoder.layers.3.mlp.experts.bias"
     without = {key: value for key, value in tensors.items() if key != name}
     for wrong in (without, tensors | {"lm_head.weight": np.zeros(3)}, tensors | {name: np.zeros((8, 1), np.float32)}):
         with pytest.raises(UserError) as error:
-            hf_layout.from_tensors(wrong, encoder=SMALL, moe=MOE)
+            hf_layout.from_tensors(wrong, encoder=NOMIC, moe=MOE)
         assert (name if "lm_head.weight" not in wrong else "lm_head.weight") in str(error.value)
         assert len(error.value.args) == 1
-    params = random_params(SMALL, MOE)
+    params = random_params(NOMIC, MOE)
     params["unit"]["1"]["moe"]["w_upp_REDF"] = params["unit"]["1"]["moe"].pop("w_up_REDF")
     with pytest.raises(UserError, match="w_up_REDF is missing") as error:
-        hf_layout.to_tensors(params, encoder=SMALL, moe=MOE)
+        hf_layout.to_tensors(params, encoder=NOMIC, moe=MOE)
     assert "w_upp_REDF is unknown" in str(error.value)
-
-
-@pytest.mark.parametrize("moe", [MOE, Moe(num_experts=4, top_k=1, every=4), Moe(num_experts=0)])
-def test_config_round_trip(moe):
-    assert hf_layout.read_hf_config(json.loads(json.dumps(hf_layout.hf_config(SMALL, moe)))) == (SMALL, moe)
-
-
-def test_released_config_reads_and_ours_agrees_with_it():
-    encoder, moe = hf_layout.read_hf_config(RELEASED)
-    assert (encoder.dim, encoder.num_layers, encoder.vocab_size, moe) == (768, 12, 250_048, Moe())
-    ours = hf_layout.hf_config(FULL, Moe())
-    assert {key: ours[key] for key in RELEASED} == RELEASED
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("prenorm", True), ("activation_function", "swiglu"), ("activation_function", "gelu_new"),
-    ("num_shared_experts", 1), ("rotary_emb_fraction", 0.5), ("rotary_emb_interleaved", True),
-    ("rotary_emb_scale_base", 512), ("moe_normalize_expert_weights", True), ("expert_choice_router", True),
-    ("model_type", "bert"), ("use_rms_norm", True), ("causal", True), ("qkv_proj_bias", False),
-    ("moe_top_k", None), ("n_inner", None), ("n_head", 5), ("n_embd", "a"),
-])  # fmt: skip
-def test_what_we_do_not_compute_is_refused_by_name(key, value):
-    with pytest.raises(UserError, match=key):
-        hf_layout.read_hf_config(RELEASED | {key: value})
-
-
-@pytest.mark.parametrize("wrong", [{"moe_every_n_layers": 3}, {"moe_top_k": 9}, {"n_layer": 11}])
-def test_experts_in_other_places_are_refused(wrong):
-    """The reference has them where i % n == 1: with n = 3 that is not the last layer of a unit."""
-    with pytest.raises(UserError, match="it must be i % n == n - 1"):
-        hf_layout.read_hf_config(RELEASED | wrong)
-
-
-def test_folder_round_trip_with_prompts_and_length(tmp_path):
-    params = write_folder(tmp_path)
-    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 12, "do_lower_case": false}')
-    (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: ", "passage": "d: "}}')
-    encoder, moe, found, prompts, tokenizer = hf_layout.read_folder(tmp_path)
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, found))  # through the file: a view would be scrambled
-    assert (moe, encoder.max_seq_length, encoder.dim) == (MOE, 12, 8)
-    assert prompts == {"query": "q: ", "passage": "d: ", "document": "d: "}
-    assert tokenizer.name == "sentencepiece.bpe.model"
-
-
-def test_half_precision_is_widened_exactly_and_integers_are_refused(tmp_path):
-    write_folder(tmp_path)
-    tensors = hf_layout.read_safetensors(tmp_path / "model.safetensors")
-    half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(half, tmp_path / "model.safetensors")
-    params = hf_layout.read_folder(tmp_path)[2]
-    word = params["embedding"]["word_VD"]
-    assert word.dtype == np.float32
-    np.testing.assert_array_equal(word, half["embeddings.word_embeddings.weight"].astype(np.float32))
-    safetensors.numpy.save_file(tensors | {"emb_ln.bias": np.zeros(8, np.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"emb_ln\.bias as int8"):
-        hf_layout.read_folder(tmp_path)
-
-
-def test_untrusted_weights_are_refused_before_they_are_read(tmp_path):
-    write_folder(tmp_path)
-    file = tmp_path / "model.safetensors"
-    good = file.read_bytes()
-    size = int.from_bytes(good[:8], "little")
-    lying = good[8 : 8 + size].replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1)
-    for bad, words in (
-        (b"", "not a safetensors file"),
-        (b"\x80\x02}q\x00.", "not a safetensors file"),
-        ((1 << 62).to_bytes(8, "little") + good[8:], "not a safetensors file"),
-        ((200 << 20).to_bytes(8, "little") + good[8:], "not a safetensors file"),
-        (good[:8] + b"[" * size + good[8 + size :], "damaged safetensors header"),
-        (good[:8] + b"7" + b" " * (size - 1) + good[8 + size :], "damaged safetensors header"),
-        (good[:-4], "cut short"),
-        (good[:8] + lying + good[8 + size :], "cannot be read"),
-    ):
-        file.write_bytes(bad)
-        with pytest.raises(UserError, match=words):
-            hf_layout.read_folder(tmp_path)
-    file.unlink()
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="in shards"):
-        hf_layout.read_folder(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="pickled"):
-        hf_layout.read_folder(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="must be a JSON object"):
-        hf_layout.read_folder(tmp_path)

@@ -9,6 +9,7 @@ decides.
 """
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -36,7 +37,10 @@ def smallest_router_gaps(model) -> list[float]:
 def main(folder: str, expected: str) -> None:
     with open(expected, encoding="utf-8") as file:
         passes = json.load(file)
-    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu", model_kwargs={"torch_dtype": "float32"})
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        own_file = "auto_map" in json.load(file)  # else the folder has to load without remote code
+    dtype = {"torch_dtype": "float32"}
+    model = SentenceTransformer(folder, trust_remote_code=own_file, device="cpu", model_kwargs=dtype)
     gaps = smallest_router_gaps(model)
     report = {"torch": 0.0, "compared": 0, "other_tokens": 0, "near_ties": 0}
     for one in passes:

@@ -1,7 +1,7 @@
 """NomicBert with experts, for PyTorch: the file that an exported model carries along (trust_remote_code=True).
 
 Tensor names are those of nomic-ai/nomic-embed-text-v2-moe. The maths (arXiv 2502.07972): post-LN blocks, rotary
-positions on half-split head dims, exact-erf GELU; the router's softmax is taken in float32 over all experts, the
+positions on half-split head dims (or learned ones, added to the embedding), exact-erf GELU; the router's softmax is taken in float32 over all experts, the
 top-k weights are used as they are, ties go to the lowest index, no token is ever dropped; experts have no inner biases
 and share one output bias. The residual stream's size is [B, L, D]; T is B * L, A the experts a token visits.
 """
@@ -25,6 +25,12 @@ class NomicBertMoeConfig(PretrainedConfig):
     }
 
 
+class MoeEmbedConfig(NomicBertMoeConfig):
+    """The same with learned positions, under a name that no server knows: none can take it for the released layout."""
+
+    model_type = "moe_embed"
+
+
 def rotary_tables(length: int, head_dim: int, base: float, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [L, K] in float32, both halves of a head alike."""
     inverse = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
@@ -43,10 +49,17 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.n_embd)
+        if config.model_type == "moe_embed":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.n_embd)
+            self.position_offset = config.position_offset
 
-    def forward(self, input_ids, token_type_ids=None):
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        return self.word_embeddings(input_ids) + self.token_type_embeddings(types)
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(types)
+        if hasattr(self, "position_embeddings"):  # counted over real tokens, so that padding may stand on the left
+            positions = ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)
+            x = x + self.position_embeddings(positions + self.position_offset)
+        return x
 
 
 class Attention(nn.Module):
@@ -59,7 +72,8 @@ class Attention(nn.Module):
     def forward(self, x, mask, cos, sin):
         """x [B, L, D], mask [B, 1, 1, L] additive -> [B, L, D]."""
         q, k, v = self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -216,11 +230,19 @@ class NomicBertModel(PreTrainedModel):
         """input_ids [B, L] -> BaseModelOutput with last_hidden_state [B, L, D]. No mask: <pad> is padding."""
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
-        x = self.emb_ln(self.embeddings(input_ids, token_type_ids))
+        x = self.emb_ln(self.embeddings(input_ids, attention_mask, token_type_ids))
         # The smallest finite number, not -inf: a row that is all padding then averages instead of giving NaN.
         mask = torch.zeros(attention_mask.shape, dtype=x.dtype, device=x.device)
         mask = mask.masked_fill(attention_mask == 0, torch.finfo(x.dtype).min)[:, None, None]
-        head_dim = self.config.n_embd // self.config.n_head
-        cos, sin = rotary_tables(input_ids.shape[1], head_dim, self.config.rotary_emb_base, x.device)
+        cos, sin = None, None
+        if self.config.model_type == "nomic_bert":
+            head_dim = self.config.n_embd // self.config.n_head
+            cos, sin = rotary_tables(input_ids.shape[1], head_dim, self.config.rotary_emb_base, x.device)
         x = self.encoder(x, mask, cos, sin)
         return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
+
+
+class MoeEmbedModel(NomicBertModel):
+    """NomicBertModel with learned positions instead of rotary ones."""
+
+    config_class = MoeEmbedConfig
