@@ -7,47 +7,110 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytrec_eval
+import tqdm
 
+from moe_embed import config as config_lib
+from moe_embed import sharding
 from moe_embed.data.sources import Task
 
 METRICS = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "mrr@10": "recip_rank"}
-BLOCK = 16_384  # documents scored at once
+BLOCK = 16_384  # documents a device scores at once
 QUERIES = 1_024  # queries scored at once
 DEPTH = 100  # documents kept for a query
+RESIDENT = 2**31  # bytes of documents a device keeps between blocks of queries; more is read again for each
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _merge_block(best_score_NC, best_index_NC, query_ND, document_CD, first, real, *, k: int):
-    score_NC = jnp.einsum("ND,CD->NC", query_ND, document_CD, precision=jax.lax.Precision.HIGHEST)
-    place_C = jnp.arange(document_CD.shape[0])
-    score_NC = jnp.where(place_C < real, score_NC, -jnp.inf)
-    score_NC = jnp.concatenate([best_score_NC, score_NC], axis=1)
-    index_NC = jnp.concatenate(
-        [best_index_NC, jnp.broadcast_to(first + place_C, (len(query_ND), len(place_C)))], axis=1
-    )
-    score_NC, order_NC = jax.lax.top_k(score_NC, k)
-    return score_NC, jnp.take_along_axis(index_NC, order_NC, axis=1)
-
-
-def top_k(query_ND: np.ndarray, document_CD: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
+def top_k(
+    query_ND: np.ndarray,
+    document_CD: np.ndarray,
+    *,
+    k: int,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
     """The k documents of highest inner product for each query, exactly, in blocks: never the N x C matrix.
+
+    Args:
+      document_CD: any float dtype, scored in float32; it may be a memory map.
+      mesh: its devices share the documents; None is one device. The result is the same, bit for bit.
 
     Returns:
       scores float32 and indices int32, [N, min(k, C)], best first, ties to the lower index.
     """
-    k = min(k, len(document_CD))
-    block = min(BLOCK, len(document_CD))
-    parts = []
-    for start in range(0, max(len(query_ND), 1), QUERIES):
-        some_ND = query_ND[start : start + QUERIES]
-        best = jnp.full((len(some_ND), k), -jnp.inf, jnp.float32), jnp.zeros((len(some_ND), k), jnp.int32)
-        for first in range(0, len(document_CD), block):
-            part = document_CD[first : first + block]
-            padded = np.pad(part, ((0, block - len(part)), (0, 0)))
-            best = _merge_block(*best, some_ND, padded, first, len(part), k=k)
-        parts.append(jax.device_get(best))
-    scores, indices = zip(*parts, strict=True)
+    parts = search(query_ND, document_CD, k=k, mesh=mesh)
+    total = -(-len(query_ND) // QUERIES)
+    bar = tqdm.tqdm(parts, "searching", total, unit="block", disable=not progress, dynamic_ncols=True)
+    scores, indices = zip(*bar, strict=True)
     return np.concatenate(scores), np.concatenate(indices)
+
+
+def search(
+    query_ND: np.ndarray, document_CD: np.ndarray, *, k: int, mesh: jax.sharding.Mesh | None = None, first: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`top_k` as it comes: (scores, indices) of each QUERIES queries in order, from the query `first` on; at least once."""
+    mesh = sharding.make_mesh(config_lib.Mesh(), devices=jax.local_devices()[:1]) if mesh is None else mesh
+    k = min(k, len(document_CD))
+    kept = list(_blocks(document_CD, mesh)) if document_CD.size * 4 <= RESIDENT * mesh.size else None
+    num_queries = min(QUERIES, len(query_ND))
+    for start in range(first, max(len(query_ND), 1), QUERIES):
+        some_ND = np.asarray(query_ND[start : start + QUERIES], np.float32)
+        padded_ND = np.pad(some_ND, ((0, num_queries - len(some_ND)), (0, 0)))  # one shape: one compilation
+        lists = {
+            "score_NC": np.full((mesh.size * num_queries, k), -np.inf, np.float32),
+            "index_NC": np.zeros((mesh.size * num_queries, k), np.int32),
+        }
+        best = tuple(sharding.put_batch(lists, mesh=mesh).values())
+        for place, document_ND in kept or _blocks(document_CD, mesh):
+            before, best = best, _score_block(*best, padded_ND, document_ND, place, len(document_CD), mesh=mesh)
+            jax.block_until_ready(before)  # one block is under way while the next is read, not all of them
+        if mesh.size > 1:
+            best = _merge(*best, num_lists=mesh.size)
+        scores, indices = jax.device_get(best)
+        yield scores[: len(some_ND)], indices[: len(some_ND)]
+
+
+def _blocks(document_CD: np.ndarray, mesh: jax.sharding.Mesh) -> Iterator[tuple[int, jax.Array]]:
+    """(index of its first document, document_ND float32 split over the devices), the last one padded.
+
+    A device's part has one shape, whatever the mesh: the sums inside a matrix product depend on it in their last bit.
+    """
+    size = min(BLOCK, len(document_CD)) * mesh.size
+    for first in range(0, len(document_CD), max(size, 1)):
+        part_ND = np.asarray(document_CD[first : first + size], np.float32)
+        part_ND = np.pad(part_ND, ((0, size - len(part_ND)), (0, 0)))
+        yield first, sharding.put_batch({"document_ND": part_ND}, mesh=mesh)["document_ND"]
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _score_block(best_score_NC, best_index_NC, query_CD, document_ND, first, real, *, mesh):
+    """Each device's best lists after one more block. Here the documents are split (N) and the queries whole (C)."""
+
+    def local(best_score_CN, best_index_CN, query_CD, document_ND, first, real):
+        first += sharding.index("N") * len(document_ND)
+        score_CN = jnp.einsum("CD,ND->CN", query_CD, document_ND, precision=jax.lax.Precision.HIGHEST)
+        score_CN = jnp.where(score_CN == 0, 0, score_CN)  # for top_k, -0.0 is less than 0.0
+        score_CN = jnp.where(first + jnp.arange(len(document_ND)) < real, score_CN, -jnp.inf)
+        k = best_score_CN.shape[1]
+        score_CN, place_CN = jax.lax.top_k(score_CN, min(k, len(document_ND)))
+        score_CN = jnp.concatenate([best_score_CN, score_CN], axis=1)  # a tie goes to what stands first
+        index_CN = jnp.concatenate([best_index_CN, first + place_CN], axis=1)
+        score_CN, order_CN = jax.lax.top_k(score_CN, k)
+        return score_CN, jnp.take_along_axis(index_CN, order_CN, axis=1)
+
+    split, whole = sharding.spec("document_ND", column="activation"), sharding.EVERYWHERE
+    in_specs = (split, split, whole, split, whole, whole)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(split, split))(
+        best_score_NC, best_index_NC, query_CD, document_ND, first, real
+    )
+
+
+@functools.partial(jax.jit, static_argnames="num_lists")
+def _merge(best_score_NC, best_index_NC, *, num_lists: int):
+    """The devices' lists of each query, one under the other in N, to one: by score, then by index."""
+    k = best_score_NC.shape[1]
+    beside = lambda x: x.reshape(num_lists, -1, k).swapaxes(0, 1).reshape(-1, num_lists * k)  # noqa: E731
+    below_NC, index_NC = jax.lax.sort((-beside(best_score_NC), beside(best_index_NC)), num_keys=2)
+    return -below_NC[:, :k], index_NC[:, :k]
 
 
 def embed_tasks(encode: Callable, tasks: Iterable[Task]) -> Iterator[tuple[Task, np.ndarray, np.ndarray]]:

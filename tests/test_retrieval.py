@@ -2,10 +2,12 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
-from moe_embed import retrieval
+from moe_embed import config as config_lib
+from moe_embed import retrieval, sharding
 from moe_embed.data.sources import Task
 
 
@@ -109,3 +111,86 @@ def test_run_of_names_the_documents_in_the_tasks_order(monkeypatch):
     run = retrieval.run_of(some, query_ND, document_CD)
     assert run == {"q1": {"d2": 1.0, "d7": 0.5, "d0": 0.0}, "q0": {"d5": 1.0, "d4": 0.5, "d0": 0.0}}
     assert retrieval.measure(some, run)["mrr@10"] == 0.75
+
+
+def mesh_of(count: int):
+    return sharding.make_mesh(config_lib.Mesh(), devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "dim", "k"), [(40, 3, 12), (130, 3, 40), (57, 32, 5), (56, 768, 30), (5, 8, 9), (8, 4, 1)]
+)
+@pytest.mark.parametrize("whole_numbers", [True, False], ids=["ties", "no ties"])
+def test_eight_devices_give_the_bits_of_one(
+    small_blocks, eight_devices, monkeypatch, num_documents, dim, k, whole_numbers
+):
+    rng = np.random.default_rng(3)
+    query_ND, document_CD = (rng.normal(size=(n, dim)).astype(np.float32) for n in (8, num_documents))
+    if whole_numbers:
+        query_ND, document_CD = np.sign(query_ND.round()), np.sign(document_CD.round())
+    one = retrieval.top_k(query_ND, document_CD, k=k)
+    for resident in (retrieval.RESIDENT, 0):  # kept on the devices, or read again for each block of queries
+        monkeypatch.setattr(retrieval, "RESIDENT", resident)
+        eight = retrieval.top_k(query_ND, document_CD, k=k, mesh=mesh_of(8))
+        assert [a.tobytes() for a in one] == [a.tobytes() for a in eight]
+    assert one[1].tolist() == by_argsort(query_ND, document_CD, k)[1].tolist()
+    other = retrieval.top_k(query_ND, document_CD[::-1], k=k, mesh=mesh_of(8))
+    assert other[1].tobytes() != one[1].tobytes()
+
+
+def test_eight_devices_give_the_bits_of_one_in_blocks_of_the_real_size(eight_devices):
+    rng = np.random.default_rng(4)
+    query_ND, document_CD = (rng.normal(size=(n, 768)).astype(np.float32) for n in (3, 2 * retrieval.BLOCK + 77))
+    one = retrieval.top_k(query_ND, document_CD, k=20)
+    eight = retrieval.top_k(query_ND, document_CD, k=20, mesh=mesh_of(8))
+    assert [a.tobytes() for a in one] == [a.tobytes() for a in eight]
+    document_CD[one[1][0, 0]] *= 1.0001
+    changed = retrieval.top_k(query_ND, document_CD, k=20, mesh=mesh_of(8))
+    assert one[0].tobytes() != changed[0].tobytes()
+
+
+def test_no_device_holds_more_than_its_part(eight_devices, monkeypatch):
+    held = []
+    score_block = retrieval._score_block
+
+    def spy(best_score_NC, best_index_NC, query_CD, document_ND, *rest, mesh):
+        held.extend(shard.data.shape for shard in document_ND.addressable_shards)
+        return score_block(best_score_NC, best_index_NC, query_CD, document_ND, *rest, mesh=mesh)
+
+    monkeypatch.setattr(retrieval, "_score_block", spy)
+    monkeypatch.setattr(retrieval, "BLOCK", 10)
+    retrieval.top_k(np.ones((2, 4), np.float32), np.ones((80, 4), np.float32), k=3, mesh=mesh_of(8))
+    assert held == [(10, 4)] * 8
+
+
+def test_a_search_that_goes_on_gives_the_bits_of_a_whole_one(small_blocks):
+    rng = np.random.default_rng(5)
+    query_ND, document_CD = (rng.normal(size=(n, 768)).astype(np.float32) for n in (7, 30))
+    whole = list(retrieval.search(query_ND, document_CD, k=5))
+    rest = list(retrieval.search(query_ND, document_CD, k=5, first=6))  # one query: less than a block
+    assert [len(scores) for scores, _ in whole] == [3, 3, 1]
+    assert [a.tobytes() for a in rest[0]] == [a.tobytes() for a in whole[2]]
+    assert len(rest) == 1
+    assert rest[0][0].tobytes() != whole[1][0][:1].tobytes()
+
+
+def test_a_memory_map_of_half_precision_is_scored_in_single(small_blocks, tmp_path):
+    rng = np.random.default_rng(6)
+    query_ND, document_CD = (rng.normal(size=(n, 6)).astype(np.float16) for n in (4, 30))
+    np.save(tmp_path / "d.npy", document_CD)
+    scores, indices = retrieval.top_k(query_ND, np.load(tmp_path / "d.npy", mmap_mode="r"), k=5)
+    wanted = retrieval.top_k(query_ND.astype(np.float32), document_CD.astype(np.float32), k=5)
+    assert (scores.tobytes(), indices.tobytes()) == (wanted[0].tobytes(), wanted[1].tobytes())
+    assert scores.dtype == np.float32
+    assert np.abs(scores - scores.astype(np.float16)).max() > 0
+
+
+def test_minus_zero_ties_with_zero(small_blocks):
+    document_CD = np.array([[-1e-30], [0], [1e-30], [-1]], np.float32)  # times 1e-30: below what float32 can say
+    assert retrieval.top_k(np.full((1, 1), 1e-30, np.float32), document_CD, k=4)[1].tolist() == [[0, 1, 2, 3]]
+
+
+def test_nothing_to_search_with_and_nothing_to_find():
+    empty, some = np.zeros((0, 3), np.float32), np.ones((2, 3), np.float32)
+    assert retrieval.top_k(empty, some, k=5)[1].shape == (0, 2)
+    assert retrieval.top_k(some, empty, k=5)[1].shape == (2, 0)
