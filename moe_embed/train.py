@@ -2,26 +2,38 @@
 
     python -m moe_embed.train --config=configs/demo.py --workdir=runs/demo
     python -m moe_embed.train --config=configs/demo.py:tiny --workdir=runs/tiny --config.optim.learning_rate=1e-3
+    python -m moe_embed.train --config=configs/nomic_v2/finetune.py:tiny --init_from=MODEL --workdir=runs/finetuned
 
 The workdir describes itself: workdir.json (config, prompts, versions), tokenizer.model, metrics.jsonl, evaluations.jsonl,
 checkpoints/<step>. MLM, pretraining and finetuning are this one loop with another config.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 
-from moe_embed import checkpoint, metrics, program, retrieval, sharding
+from moe_embed import checkpoint, metrics, optim, program, retrieval, sharding, verb
 from moe_embed import config as config_lib
-from moe_embed.config import Config, UserError
+from moe_embed.config import Config, Encoder, Moe, UserError
 from moe_embed.data import batches as batches_lib
 from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import DESCRIPTION, Model, prompts_of, read_description, write_description
+from moe_embed.data.mlm_batches import MlmBatches
+from moe_embed.load import (
+    DESCRIPTION,
+    Model,
+    find_tokenizer,
+    load,
+    prompts_of,
+    read_description,
+    write_description,
+)
+from moe_embed.model import mlm_head
 
 # What a rerun may say otherwise. The data itself is compared by content: the fingerprint beside each checkpoint.
 MAY_CHANGE = (
@@ -43,22 +55,40 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--config", required=True, help="a config file, as in configs/demo.py or configs/demo.py:tiny")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="made if absent, continued if not")
+    parser.add_argument("--init_from", help="start from this model: its parameters, shape, tokenizer and prompts")
     arguments, overrides = parser.parse_known_args(argv)
-    train(config_lib.load(arguments.config, overrides), workdir=arguments.workdir)
+    explicit = {override.partition("=")[0].removeprefix("--config.") for override in overrides}
+    config = config_lib.load(arguments.config, overrides)
+    train(config, workdir=arguments.workdir, init_from=arguments.init_from, explicit=explicit)
 
 
-def train(config: Config, *, workdir: pathlib.Path) -> None:
-    """Run `config` to its last step in `workdir`, from the newest verified checkpoint if there is one."""
+def train(
+    config: Config, *, workdir: pathlib.Path, init_from: str | None = None, explicit: Collection[str] = ()
+) -> None:
+    """Run `config` to its last step in `workdir`, from the newest verified checkpoint if there is one.
+
+    A run that begins takes parameters, shape, tokenizer and prompts from the model at `init_from`, if one is named;
+    `explicit` are the names ("encoder.dim") that the user set and that must then agree. A run that continues has its own.
+    """
     mesh = sharding.make_mesh(config.mesh)
-    prog = program.build(config, mesh)
-    batches, tokenizer, tasks = open_data(config, num_shards=mesh.size)
-    say_what_will_run(config, prog, batches)
     checkpoints = workdir / "checkpoints"
+    first = checkpoint.newest_verified(checkpoints, say=print)
+    prompts, base = prompts_of(config), None
+    if init_from and first is None:
+        base = load(init_from, mesh=mesh)
+        config, prompts = inherit(config, base.encoder, base.moe, base.prompts, origin=init_from, explicit=explicit)
+    elif init_from:
+        d = read_description(workdir)
+        config, prompts = inherit(config, d.encoder, d.moe, d.prompts, origin=str(workdir), explicit=explicit)
+    tokenizer = base.tokenizer if base else find_tokenizer(workdir) if init_from else None
+    batches, tokenizer, tasks = open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
+    prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
+    say_what_will_run(config, prog, batches)
     check_workdir(config, workdir)
 
-    first = checkpoint.newest_verified(checkpoints, say=print)
     if first is None:
-        state, first = prog.init(), 0
+        state, first = prog.init(parameters_of(base, prog, batches)), 0
+        del base  # its parameters are the state's now
     else:
         check_fingerprint(checkpoint.facts(checkpoints, first), batches.fingerprint, workdir)
         if first >= config.run.steps:
@@ -66,13 +96,16 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
             return
         print(f"continuing {workdir} from step {first} of {config.run.steps}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
-    write_description(workdir, config, tokenizer)
+    write_description(workdir, config, tokenizer, prompts=prompts)
 
     started = time.perf_counter()
     with metrics.Writer(workdir, first_step=first, last_step=config.run.steps) as writer:
+        measure = lambda: evaluate(model_of(config, state, tokenizer, prompts, mesh), tasks)  # noqa: E731
+        if tasks and first == 0 and config.run.eval_every:
+            writer.evaluation(0, measure())  # what the run begins with: else nobody knows what it was good for
         step_of_size = {}  # compiled, by the number of micro-batches
         unwritten = None  # the step before: its metrics are fetched while the device runs this one
-        for step, batch in enumerate(batches.iterate(first, config.run.steps), start=first):
+        for step, batch in enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first):
             arrays = sharding.put_batch(batch.arrays, mesh=mesh)
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:
@@ -85,24 +118,67 @@ def train(config: Config, *, workdir: pathlib.Path) -> None:
                 write_row(writer, *unwritten)
             unwritten = step, device_metrics, batch
             done = step + 1
-            save, measure = due(done, config.run.save_every, config), tasks and due(done, config.run.eval_every, config)
-            if save or measure:
+            save, look = due(done, config.run.save_every, config), tasks and due(done, config.run.eval_every, config)
+            if save or look:
                 write_row(writer, *unwritten)  # before the save: a loss that is not finite is never kept
                 unwritten = None
-            if measure:  # before the save: a step that counts as saved has its evaluation
-                prompts = prompts_of(config)
-                model = Model(config.encoder, config.moe, state["params"], tokenizer, prompts, mesh, "training")
-                writer.evaluation(done, evaluate(model, tasks))
+            if look:  # before the save: a step that counts as saved has its evaluation
+                writer.evaluation(done, measure())
             if save:
                 checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
                 writer.lap()
     print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
 
 
-def open_data(config: Config, *, num_shards: int):
-    """Read the tokenizer, every source and every dev task, and choose the shapes of the batches.
+def inherit(
+    config: Config, encoder: Encoder, moe: Moe, prompts: dict[str, str], *, origin: str, explicit: Collection[str]
+) -> tuple[Config, dict[str, str]]:
+    """`config` with the encoder, the mixture and the prompts of the model it starts from, and all of its prompts.
 
-    Returns (Batches, Tokenizer, [Task]). UserError names every file that is at fault, not only the first.
+    The dtype stays the config's: it is how the run computes, not what the model is. UserError names each key that was
+    set explicitly and disagrees.
+    """
+    encoder = dataclasses.replace(encoder, dtype=config.encoder.dtype)
+    ours = {"query": "query_prompt", "document": "document_prompt"}
+    prompts = {task: text for task, text in prompts.items() if text}  # an empty one says nothing
+    data = dataclasses.replace(config.data, **{ours[task]: text for task, text in prompts.items() if task in ours})
+    theirs = dict(encoder=encoder, moe=moe, data=data)
+    faults = []
+    for name in sorted(explicit):
+        section, _, key = name.partition(".")
+        if section not in theirs:
+            continue
+        asked, found = getattr(getattr(config, section), key), getattr(theirs[section], key)
+        if asked != found:
+            faults.append(f"--config.{name}={asked!r} disagrees with {origin}, which has {found!r}; leave it out.")
+    if faults:
+        raise UserError(*faults)
+    config = dataclasses.replace(config, **theirs)
+    return config_lib.from_dict(config_lib.to_dict(config)), prompts_of(config) | prompts  # checked again as a whole
+
+
+def parameters_of(base: Model | None, prog: program.Program, batches) -> dict:
+    """What a run begins with: the parameters of the model it starts from, or fresh ones.
+
+    A head of masked language modelling is left out where it has no part. A fresh one begins as the unigram model, its bias
+    the pieces' log frequencies: the first steps then learn what context says, not how common a piece is.
+    """
+    params = prog.init()["params"] if base is None else dict(base.params)
+    wants_head = "head" in prog.abstract_state["params"]
+    if wants_head and (base is None or "head" not in params):
+        print("mlm head    fresh, at the pieces' log frequencies")
+        head = mlm_head.init(prog.config.encoder, key=jax.random.key(prog.config.run.seed))
+        params["head"] = head | {"b_V": batches.log_frequency_V}
+    elif "head" in params and not wants_head:
+        print("mlm head    left out: this objective does not use it")
+        del params["head"]
+    return params
+
+
+def open_data(config: Config, *, num_shards: int, tokenizer=None):
+    """Read the tokenizer (unless one is given), every source and every dev task, and choose the shapes of the batches.
+
+    Returns (Batches or MlmBatches, tokenizer, [Task]). UserError names every file that is at fault, not only the first.
     """
     c, faults = config.data, []
 
@@ -112,12 +188,16 @@ def open_data(config: Config, *, num_shards: int):
         except UserError as error:
             faults.extend(error.args)
 
-    tokenizer = read(tokenizer_lib.read, c.tokenizer)
-    sources = [read(sources_lib.read_source, path, query=c.query, document=c.document) for path in c.sources]
+    tokenizer = tokenizer or read(tokenizer_lib.read, c.tokenizer)
+    if config.loss.objective == "mlm":
+        kind, sources = MlmBatches, [read(sources_lib.read_text_source, path, column=c.document) for path in c.sources]
+    else:
+        columns = {"query": c.query, "document": c.document, "teacher": c.teacher}
+        kind, sources = batches_lib.Batches, [read(sources_lib.read_source, path, **columns) for path in c.sources]
     tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
     if faults:
         raise UserError(*faults)
-    return batches_lib.Batches(sources, tokenizer, config, num_shards=num_shards), tokenizer, tasks
+    return kind(sources, tokenizer, config, num_shards=num_shards), tokenizer, tasks
 
 
 def due(done: int, every: int, config: Config) -> bool:
@@ -140,13 +220,14 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
     """A few lines a person reads before the bar starts: devices, parameters, data."""
     total, active = count_parameters(prog.abstract_state["params"], config)
     mesh = " x ".join(f"{axis}={size}" for axis, size in prog.mesh.shape.items())
-    pairs = sum(batches.mixture.sizes)
     print(
         f"devices     {prog.mesh.size} x {prog.mesh.devices.flat[0].device_kind}, mesh {mesh}, {config.encoder.dtype}"
     )
     print(f"parameters  {total:,}, of which a token uses {active:,}")
-    print(f"data        {pairs:,} pairs in {len(batches.sources)} sources; {config.data.batch_size} pairs a step, "
-          f"{config.run.steps} steps = {config.run.steps * config.data.batch_size / pairs:.2f} epochs")  # fmt: skip
+    print(f"data        {batches.summary}")
+    if config.optim.freeze_embedding:
+        frozen = prog.abstract_state["params"]["embedding"][optim.FROZEN]
+        print(f"frozen      the piece table, {frozen.size:,} of the parameters")
     if config.optim.warmup_steps >= config.run.steps:
         print(f"warm-up     {config.optim.warmup_steps} steps: this run ends before the learning rate reaches its peak")
     print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
@@ -171,7 +252,12 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
     if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
-        refuse_changes(read_description(workdir)[0], config, workdir)
+        before = read_description(workdir)
+        if before.config is None:
+            raise UserError(
+                f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}."
+            )
+        refuse_changes(before.config, config, workdir)
 
 
 def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
@@ -190,9 +276,10 @@ def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
 def check_fingerprint(saved: dict, now: dict, workdir: pathlib.Path) -> None:
     """The data a run continues with is the data it began with."""
     for name in now:
-        if saved[name] != now[name]:
+        before = saved[name] if name in saved else None
+        if before != now[name]:
             raise UserError(
-                f"the data of {workdir} changed: {name} was {saved[name]}, is {now[name]}; use another --workdir."
+                f"the data of {workdir} changed: {name} was {before}, is {now[name]}; use another --workdir."
             )
 
 
@@ -203,8 +290,12 @@ def write_row(writer: metrics.Writer, step: int, device_metrics: dict, batch: ba
         raise UserError(
             f"the loss of step {step} is {row['loss']} (batch from {batch.source}); lower the learning rate."
         )
-    row |= {"useful": batch.useful, "cut_queries": batch.cut_queries, "cut_documents": batch.cut_documents}
-    writer.step(step, row)
+    writer.step(step, row | batch.counts)
+
+
+def model_of(config: Config, state: dict, tokenizer, prompts: dict[str, str], mesh) -> Model:
+    """The model as it stands at this step."""
+    return Model(config.encoder, config.moe, state["params"], tokenizer, prompts, mesh, "training")
 
 
 def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float]:
@@ -218,4 +309,4 @@ def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float
 
 
 if __name__ == "__main__":
-    config_lib.run_verb(main)
+    verb.run(main)

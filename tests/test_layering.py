@@ -16,24 +16,26 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"))]  # what `import` can find
 
 LAYERS = (
-    {"config", "metrics"},
-    {"data", "data.sources", "data.tokenizer", "data.mixture", "data.batches"},
+    {"config", "verb", "metrics"},
+    {"data", "data.sources", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
-    {"model", "model.layers", "model.grouped_matmul", "model.moe", "model.encoder"},
-    {"infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "load"},
+    {"model", "model.layers", "model.grouped_matmul", "model.moe", "model.mlm_head", "model.encoder"},
+    {"infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "hf_config", "hf_folder",
+     "tokenizer_json", "model_card", "load"},
     {""},  # moe_embed/__init__.py: the public names
-    {"train", "embed", "evaluate", "export", "report", "doctor"},  # the verbs
-)
+    {"train", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "soup", "upcycle", "doctor"},  # the verbs
+)  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FENCES = {
     "flax": {"model/layers.py", "model/moe.py", "model/encoder.py", "load.py"},  # load.write_description: its version
     "orbax": {"checkpoint.py", "load.py"},  # the same
-    "sentencepiece": {"data/tokenizer.py", "export.py", "sample/make.py"},
+    "sentencepiece": {"data/tokenizer.py", "data/vocabulary.py", "tokenizer_json.py", "sample/make.py"},
+    "tokenizers": {"data/tokenizer.py", "tokenizer_json.py"},
     "ml_collections": {"config.py"},
     "torch": {"torch_files/modeling_moe_embed.py", "torch_files/check_export.py"},
     "transformers": {"torch_files/modeling_moe_embed.py", "torch_files/check_export.py"},
     "sentence_transformers": {"torch_files/check_export.py"},
-    "safetensors": {"hf_layout.py", "export.py"},
+    "safetensors": {"hf_folder.py", "export.py"},
     "pytrec_eval": {"retrieval.py"},
     "bm25s": {"evaluate.py"},
     "pickle": set(),

@@ -16,7 +16,9 @@ import sentencepiece
 
 from moe_embed import checkpoint, metrics, program, sharding, train
 from moe_embed import config as config_lib
-from moe_embed.load import load
+from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.load import Model, load, read_description, save
+from moe_embed.model import encoder as encoder_lib
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +122,66 @@ def test_a_run_continues_on_another_mesh_and_is_evaluated(config, tmp_path):
     mesh = config_lib.Mesh(data=1, expert=8)
     train.train(dataclasses.replace(config, mesh=mesh), workdir=tmp_path / "w")
     figures = metrics.read(tmp_path / "w" / "evaluations.jsonl")
-    assert [row["step"] for row in figures] == [4, 8]
+    assert [row["step"] for row in figures] == [0, 4, 8]
     assert all(row["ndcg"] == row["ndcg/task"] > 0.6 for row in figures)  # first or second of two
+
+
+def model_folder(config, path, *, prompts, seed=1, with_head=False):
+    """A model folder of another shape than the config's: dim 48, four experts, its own prompts."""
+    mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
+    encoder = dataclasses.replace(config.encoder, dim=48, max_seq_length=100)
+    moe = dataclasses.replace(config.moe, num_experts=4)
+    params = encoder_lib.init(encoder, moe, key=jax.random.key(seed), with_head=with_head)
+    tokenizer = tokenizer_lib.read(config.data.tokenizer)
+    save(Model(encoder, moe, params, tokenizer, prompts, mesh, "test"), path, made_by="a test")
+    return jax.device_get(params)
+
+
+def test_a_run_starts_from_a_model_and_keeps_its_shape_prompts_and_parameters(config, tmp_path, capsys):
+    prompts = {"query": "query: ", "document": "passage: ", "clustering": "cluster: "}
+    params = model_folder(config, tmp_path / "m", prompts=prompts, with_head=True)
+    tiny = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=0.0, weight_decay=0.0))
+    train.train(tiny, workdir=tmp_path / "w", init_from=str(tmp_path / "m"))
+    found = load(tmp_path / "w")
+    assert (found.encoder.dim, found.encoder.max_seq_length, found.moe.num_experts) == (48, 100, 4)
+    assert found.prompts == prompts
+    assert read_description(tmp_path / "w").config.data.query_prompt == "query: "
+    del params["head"]  # contrastive training has no use for it
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), params)
+    assert "mlm head    left out" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "m")  # continuing needs it no more
+    shutil.rmtree(tmp_path / "w" / "checkpoints" / "8")
+    train.train(tiny, workdir=tmp_path / "w", init_from=str(tmp_path / "m"))
+    assert "continuing" in capsys.readouterr().out
+
+
+def test_what_is_set_explicitly_must_agree_with_the_model(config, tmp_path):
+    model_folder(config, tmp_path / "m", prompts={})
+    asked = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, dim=64))
+    settings = {"workdir": tmp_path / "w", "init_from": str(tmp_path / "m")}
+    with pytest.raises(config_lib.UserError, match=r"encoder\.dim=64 disagrees with .* which has 48"):
+        train.train(asked, explicit={"encoder.dim", "optim.learning_rate"}, **settings)
+    assert not (tmp_path / "w").exists()
+    with pytest.raises(config_lib.UserError, match="is a model folder, not a run"):
+        train.train(config, workdir=tmp_path / "m")
+
+
+def test_masked_language_modelling_is_the_same_loop(tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": "the page style of the document " * (1 + i % 5)}) + "\n" for i in range(64))
+    )
+    c = config_lib.load("configs/nomic_v2/mlm.py:tiny", [
+        f"--config.data.sources={texts}", "--config.data.row_length=32", "--config.data.rows=1", "--config.run.steps=4",
+        "--config.data.batch_size=8", "--config.data.document_length=32", "--config.encoder.dim=32",
+        "--config.optim.warmup_steps=0"])  # fmt: skip
+    train.train(c, workdir=tmp_path / "w")
+    rows = metrics.read(tmp_path / "w" / "metrics.jsonl")
+    assert rows[-1]["mlm_loss"] < rows[0]["mlm_loss"]
+    assert rows[0]["unigram_entropy"] < np.log(16)
+    assert "unigram entropy" in capsys.readouterr().out
+    assert set(load(tmp_path / "w").params["head"]) == {"w_DU", "b_U", "scale_U", "bias_U", "b_V"}
+    assert load(tmp_path / "w").encode(["page style"]).shape == (1, 32)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_config_does_not_bind(config, tmp_path):
