@@ -140,10 +140,7 @@ def test_another_id_is_found(ours, exported, texts):
 @pytest.fixture
 def released(request):
     """The folder named by --released: a real XLM-R tokenizer's sentencepiece.bpe.model and tokenizer.json."""
-    found = request.config.getoption("--released", default=None)
-    if not found:
-        pytest.skip("NOT RUN: beside a real XLM-R's files; name a folder with --released=DIR")
-    return pathlib.Path(found)
+    return pathlib.Path(request.config.getoption("--released"))
 
 
 @pytest.mark.released
