@@ -137,7 +137,12 @@ def run_of(task: Task, query_ND: np.ndarray, document_CD: np.ndarray) -> dict[st
 
 
 def measure(task: Task, run: dict[str, dict[str, float]]) -> dict[str, float]:
-    """nDCG@10, recall@10 and MRR@10 of a run, means over the task's queries, in [0, 1], by trec_eval's own code."""
+    """nDCG@10, recall@10 and MRR@10 of a run, means over the task's queries, in [0, 1]."""
+    return {name: float(np.mean(values)) for name, values in measure_queries(task, run).items()}
+
+
+def measure_queries(task: Task, run: dict[str, dict[str, float]]) -> dict[str, np.ndarray]:
+    """`measure` before the mean: a value for each query of the task, in its order, by trec_eval's own code."""
     evaluator = pytrec_eval.RelevanceEvaluator(task.relevance, {"ndcg_cut.10", "recall.10"})
     reciprocal = pytrec_eval.RelevanceEvaluator(task.relevance, {"recip_rank"})
     run = {query_id: run[query_id] if query_id in run else {} for query_id in task.queries}  # nothing found counts as 0
@@ -146,4 +151,6 @@ def measure(task: Task, run: dict[str, dict[str, float]]) -> dict[str, float]:
     per_query = evaluator.evaluate(run)
     for query_id, values in reciprocal.evaluate(cut).items():
         per_query[query_id] |= values
-    return {name: float(np.mean([values[key] for values in per_query.values()])) for name, key in METRICS.items()}
+    return {
+        name: np.array([per_query[q][key] for q in task.queries if q in per_query]) for name, key in METRICS.items()
+    }

@@ -261,10 +261,14 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
 
 
 def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
-    """A run continues only under the config it began with; the mesh, and how often it saves or evaluates, may change."""
+    """A run continues only under the config it began with; the mesh, and how often it saves or evaluates, may change.
+
+    So may its length, where the learning rate of a step does not depend on it.
+    """
     old, new = config_lib.to_dict(before), config_lib.to_dict(now)
     changed = [f"{s}.{k}" for s in new for k in new[s] if old[s][k] != new[s][k]]
-    refused = [name for name in changed if not name.startswith(MAY_CHANGE)]
+    may_change = MAY_CHANGE + (("run.steps",) if now.optim.schedule in ("constant", "inverse_sqrt") else ())
+    refused = [name for name in changed if not name.startswith(may_change)]
     if refused:
         value = lambda tree, name: tree[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
         raise UserError(*(

@@ -257,17 +257,29 @@ def test_a_teachers_vectors_are_those_of_the_pairs_in_the_batch(tokenizer):
             assert not np.array_equal(batch[f"teacher_{side}_ND"], vectors[side][rows[::-1]])
 
 
-def test_pairs_of_one_query_share_its_number(tokenizer):
-    crc = batches_lib.document_id
+def test_pairs_of_one_query_share_its_number():
+    """One query are pairs of one text, or of one id, and pairs linked through another."""
+    pairs = [
+        Pair("a", "1", id="x"),
+        Pair("b", "2"),
+        Pair("a", "3", id="y"),
+        Pair("c", "4", id="y"),
+        Pair("b", "5", id="z"),
+    ]
+    ids = batches_lib.query_ids([*pairs, Pair("x", "6"), Pair("d", "7", id="b")])
+    assert ids.dtype == np.int32
+    assert ids[0] == ids[2] == ids[3]  # "a" by its text, "c" by its id
+    assert ids[1] == ids[4]
+    assert len(set(ids.tolist())) == 4  # the text "x" is not the id "x", the id "b" not the text "b"
+
+
+def test_a_batch_numbers_its_queries(tokenizer):
     pairs = [*TWO, Pair("where?", "everywhere"), Pair("a", "another")]
     made = batches_lib.Batches([Source("a", pairs, 0)], tokenizer, config(batch_size=6, steps=1), num_shards=2)
     order = made.mixture.batch_at(0)[1]
-    ids = [crc("a"), crc("a"), crc("where?"), crc("b"), crc("where?"), crc("a")]  # an id, or else the query itself
     found = made.batch_at(0).arrays["query_id_N"]
-    assert found.tolist() == [ids[i] for i in order]
-    assert found.dtype == np.int32
-    assert len(set(found.tolist())) == 3
-    assert found.tolist() != [crc(pairs[i].query) for i in order]
+    np.testing.assert_array_equal(found, batches_lib.query_ids([pairs[i] for i in order]))
+    assert len(set(found.tolist())) < 6
 
 
 def test_a_batch_by_language_holds_one_language(tokenizer):

@@ -84,6 +84,8 @@ BAD_ROWS = {
     "negatives text": (b'{"query": "a", "document": "d", "negatives": "n"}\n', "negatives"),
     "negatives empty": (b'{"query": "a", "document": "d", "negatives": ["n", " "]}\n', "negatives"),
     "negatives number": (b'{"query": "a", "document": "d", "negatives": [1]}\n', "negatives"),
+    "id list": (b'{"query": "a", "document": "d", "id": ["7"]}\n', "'id'"),
+    "lang boolean": (b'{"query": "a", "document": "d", "lang": true}\n', "'lang'"),
     "huge number": (b'{"query": "a", "document": "d", "id": ' + b"1" * 5000 + b"}\n", ""),
 }
 
@@ -225,6 +227,11 @@ def test_a_list_of_documents_is_as_many_pairs(tmp_path):
     assert read(tmp_path / "a.jsonl", named, query="question", document="passage") == [Pair("q", "p")]
 
 
+def test_an_id_may_be_a_whole_number(tmp_path):
+    rows = [{"query": "q", "document": "d", "id": 7}, {"query": "q", "document": "d", "id": None}]
+    assert [pair.id for pair in read(tmp_path / "a.jsonl", *rows)] == ["7", ""]
+
+
 BGE = {"query": "q", "pos": ["d", "e"], "neg": ["n", "m"], "pos_scores": [9, 8], "neg_scores": [2, 1]}
 
 
@@ -282,7 +289,7 @@ def test_a_text_source_reads_text_or_else_the_documents(tmp_path):
     ]
     data = lines(rows)
     found = sources.read_text_source(write(tmp_path / "a.jsonl.gz", gzip.compress(data)))
-    assert (found.texts, found.langs) == (["eins", "zwei", "t"], ["de", "", ""])
+    assert (found.texts, found.langs) == (["eins", "zwei", "t"], ["de", "", "3"])
     assert (len(found), found.digest) == (3, zlib.crc32(data))
     assert found.path == str(tmp_path / "a.jsonl.gz")
     assert sources.read_text_source(write(tmp_path / "a.csv", b"text,lang\n a b,ja\n")).texts == [" a b"]

@@ -77,6 +77,18 @@ def test_another_config_is_refused_by_field(whole, config):
         train.train(other, workdir=whole)
 
 
+def test_a_run_goes_on_for_longer_where_its_schedule_does_not_depend_on_its_length(whole, config, tmp_path):
+    steps = lambda c, n: dataclasses.replace(c, run=dataclasses.replace(c.run, steps=n))  # noqa: E731
+    constant = dataclasses.replace(config, optim=dataclasses.replace(config.optim, schedule="constant"))
+    for n in (2, 4):
+        train.train(steps(constant, n), workdir=tmp_path / "longer")
+    train.train(steps(constant, 4), workdir=tmp_path / "at once")
+    longer, at_once = (jax.device_get(load(tmp_path / name).params) for name in ("longer", "at once"))
+    jax.tree.map(np.testing.assert_array_equal, longer, at_once)
+    with pytest.raises(config_lib.UserError, match=r"config.run.steps=8, not 12"):  # a cosine ends where it was told to
+        train.train(steps(config, 12), workdir=whole)
+
+
 def test_changed_data_and_another_tokenizer_are_refused_and_change_nothing(whole, config, tmp_path):
     """Checked before anything is written: a finished run keeps the tokenizer it was trained with."""
     pairs = tmp_path / "titles.jsonl.gz"

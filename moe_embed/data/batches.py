@@ -75,6 +75,23 @@ def document_id(text: str) -> int:
     return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
 
+def query_ids(pairs: Sequence[Pair]) -> np.ndarray:
+    """int32 [N]: equal for pairs of one query, which are those that share its text or an id, or are linked by such pairs."""
+    first: dict[tuple[str, str], int] = {}  # the first pair with this text, and with this id
+    leader = list(range(len(pairs)))
+
+    def lead(n: int) -> int:
+        while leader[n] != n:
+            n = leader[n]
+        return n
+
+    for n, pair in enumerate(pairs):
+        for name in (("text", pair.query), ("id", pair.id)):
+            if name[1]:
+                leader[lead(n)] = lead(first.setdefault(name, n))
+    return np.array([document_id(pairs[lead(n)].query) for n in range(len(pairs))], np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One step's arrays, named by their dims, and what was counted while making them."""
@@ -170,7 +187,7 @@ class Batches:
         arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
         arrays |= {f"{name}_MBL": np.concatenate(parts, axis=1) for name, parts in rows.items()}
         arrays["document_id_N"] = document_ids
-        arrays["query_id_N"] = np.array([document_id(pair.id or pair.query) for pair, _ in pairs], np.int32)
+        arrays["query_id_N"] = query_ids([pair for pair, _ in pairs])
         arrays |= self._teacher(group.source, pairs)
         counts = {"useful": float((arrays["segments_MBL"] > 0).mean()), "cut_queries": cut[0], "cut_documents": cut[1]}
         return Batch(arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)

@@ -117,7 +117,7 @@ def read_text_source(path: str, *, column: str = "document") -> Texts:
         if not isinstance(row, dict) or name not in row or not is_text(row[name]):
             raise UserError(f"{where} has no text in a column 'text' or {column!r}.")
         texts.append(row[name])
-        langs.append(row["lang"] if "lang" in row and isinstance(row["lang"], str) else "")
+        langs.append(_name(row, "lang", where))
     if not texts:
         raise UserError(f"{path} holds no texts.")
     return Texts(path, texts, langs, zlib.crc32(data))
@@ -330,13 +330,21 @@ def _pairs(row, where: str, number: int, *, query: str, document: str) -> list[P
     if not isinstance(negatives, list) or not all(map(is_text, negatives)):
         raise UserError(f"{where} has {negative} that are not a list of texts.")
     of_documents, of_negatives = _scores(row, where, len(documents), len(negatives))
-    strings = {key: row[key] if key in row and isinstance(row[key], str) else "" for key in ("lang", "id")}
+    strings = {key: _name(row, key, where) for key in ("lang", "id")}
     return [
         Pair(
             row[query], text, tuple(negatives), **strings, scores=(*of_documents[i : i + 1], *of_negatives), row=number
         )
         for i, text in enumerate(documents)
     ]
+
+
+def _name(row: dict, key: str, where: str) -> str:
+    """A row's "lang" or "id": a string, or a whole number as one; "" where it has none."""
+    value = row[key] if key in row and row[key] is not None else ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UserError(f"{where} has {key!r}: {value!r:.60}, which is neither text nor a whole number.")
+    return str(value)
 
 
 def _columns(row: dict, document: str) -> tuple[str, str]:
