@@ -27,11 +27,16 @@ import safetensors.numpy
 
 from moe_embed import hf_config, hf_layout, model_card, sharding, tokenizer_json, verb
 from moe_embed.config import Mesh, UserError
-from moe_embed.load import Model, load
+from moe_embed.load import Model, load, refuse_others
 
 TOLERANCE = 1e-5  # largest difference of a number of a unit vector, float32
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
 MODEL_FILE = "modeling_moe_embed.py"
+FILES = {  # what an export may consist of
+    "config.json", "model.safetensors", "modules.json", "1_Pooling", "sentence_bert_config.json", MODEL_FILE,
+    "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "sentencepiece.bpe.model", "parity.json", "README.md",
+}  # fmt: skip
 FORMS = {
     "nomic_bert": "NomicBert-MoE layout, rotary positions, with its own torch file (trust_remote_code=True)",
     "bert": "BertModel of transformers, no remote code",
@@ -60,11 +65,13 @@ def export(model: Model, output: str | pathlib.Path, *, force: bool = False) -> 
     A head of masked language modelling stays behind, and that is printed.
     UserError, and no folder, if the model cannot be written in this layout or the folder gives other vectors.
     """
-    output = pathlib.Path(os.path.abspath(output))
+    output = pathlib.Path(output).resolve()
     occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
     foreign = occupied and not ((output / "parity.json").is_file() and (output / "config.json").is_file())
     if foreign and not force:
         raise UserError(f"{output} is not empty and is no earlier export; name another folder, or move it by --force.")
+    if occupied and not foreign:
+        refuse_others(output, FILES)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -161,7 +168,7 @@ def _parity(model: Model, folder: pathlib.Path) -> dict:
     if _torch_is_here():
         report |= _torch_parity(folder, passes)
         left_out = report["other_tokens"] + report["near_ties"]
-        if left_out > len(texts) / 2:
+        if left_out > report["compared"]:
             raise UserError(f"torch could be compared on few texts: {json.dumps(report)}; the export was not kept.")
     for name in ("moe_embed", "torch"):
         if report[name] != "not run" and not report[name] <= TOLERANCE:  # also catches NaN

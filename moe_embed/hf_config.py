@@ -1,7 +1,7 @@
 """config.json of a Hugging Face folder, both ways: (Encoder, Moe) <-> the keys of NomicBert, BERT, XLM-R and our own form.
 
-Strict: a key that asks for what we do not compute, or that says nothing where the reference's default is not ours, is
-named in a UserError. Keys that change no number (dropout, labels, dtypes of storage) are not looked at.
+Strict: a key of the lists below that asks for what we do not compute, or that says nothing where the reference's default
+is not ours, is named in a UserError. Keys that change no number (dropout, labels, dtypes of storage) are not looked at.
 """
 
 import math
@@ -159,6 +159,14 @@ def _read_nomic(theirs: Mapping, kind: str) -> tuple[Encoder, Moe]:
         positions = _learned(theirs, theirs["position_offset"])
     else:
         length = theirs[length_key] - (2 if length_key == "max_position_embeddings" else 0)
+        if length < 3:
+            raise UserError(f"config.json has {length_key} = {theirs[length_key]}: no room for a text.")
+        rope = theirs["rope_parameters"] if theirs.get("rope_parameters") else {"rope_theta": theirs["rotary_emb_base"]}
+        if rope.get("rope_type", "default") != "default" or rope.get("rope_theta") != theirs["rotary_emb_base"]:
+            raise UserError(
+                f"config.json has rope_parameters = {rope}; only rope_type 'default' with rotary_emb_base "
+                f"({theirs['rotary_emb_base']}) as its rope_theta is computed here."
+            )
         positions = {"rotary_base": float(theirs["rotary_emb_base"]), "max_seq_length": length}
     encoder = Encoder(
         vocab_size=theirs["vocab_size"],

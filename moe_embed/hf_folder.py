@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from moe_embed import hf_config, hf_layout
+from moe_embed import hf_config, hf_layout, tokenizer_json
 from moe_embed.config import Encoder, Moe, UserError
 from moe_embed.data import tokenizer as tokenizer_lib
 
@@ -24,6 +24,10 @@ PREFIX = {"bert": "bert.", "xlm-roberta": "roberta."}  # in front of the encoder
 LEFT_OUT = re.compile(  # parts of transformers' classes that no vector depends on, and buffers of older versions
     r"pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)|embeddings\.(position|token_type)_ids"
 )
+SENTENCE = "sentence_bert_config.json"
+NORMALIZER = {  # tokenizer_config.json's names for what tokenizer.json's normalizer does
+    "do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars",
+}  # fmt: skip
 MAKE_JSON = """python -c "from tokenizers import BertWordPieceTokenizer as T; T('vocab.txt', lowercase=True).save('tokenizer.json')\""""
 
 
@@ -52,14 +56,22 @@ def read_folder(path: str | pathlib.Path) -> Folder:
         raise UserError(
             f"{tokenizer_path} has {tokenizer.num_ids} ids; the embedding table has {encoder.vocab_size} rows."
         )
+    kind = hf_layout.model_type(encoder, moe)
+    if kind == "xlm-roberta" and encoder.position_offset - 1 != (pad := tokenizer_json.pad_id(tokenizer)):
+        raise UserError(
+            f"{folder / 'config.json'} counts positions from pad_token_id = {encoder.position_offset - 1}; the <pad> of "
+            f"{tokenizer_path.name} is {pad}."
+        )
     prompts = {}
     if (folder / "config_sentence_transformers.json").is_file():
         prompts = _prompts(read_json(folder / "config_sentence_transformers.json"), folder)
-    kind = hf_layout.model_type(encoder, moe)
+    _check_special_tokens(folder, tokenizer, prompts)
     tensors, left_out = _rename(read_safetensors(weights), kind)
     for name, tensor in tensors.items():
         if tensor.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
             raise UserError(f"{weights} stores {name} as {tensor.dtype}; float32, float16 or bfloat16 is needed.")
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{weights} has numbers in {name} that are not finite.")
     with_head = kind in hf_layout.HEAD and any(name.startswith(hf_layout.HEAD_PREFIX[kind]) for name in tensors)
     params = hf_layout.from_tensors(tensors, encoder=encoder, moe=moe, with_head=with_head)
     return Folder(kind, encoder, moe, params, prompts, tokenizer, tokenizer_path, left_out)
@@ -94,7 +106,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (safetensors.SafetensorError, TypeError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:  # the last: float8
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
@@ -116,11 +128,14 @@ def _read_tokenizer(folder: pathlib.Path):
         return tokenizer_lib.read(pieces), pieces
     if fast.is_file():
         try:
-            return tokenizer_lib.read(fast), fast
+            tokenizer = tokenizer_lib.read(fast)
         except UserError as error:
             raise UserError(
                 f"{error} If the tokenizer is XLM-R's, put its sentencepiece.bpe.model beside it."
             ) from error
+        tokenizer_json.check_ends(tokenizer)
+        _check_normalizer(folder)
+        return tokenizer, fast
     if (folder / "vocab.txt").is_file():
         raise UserError(
             f"{folder} has a vocab.txt and no tokenizer.json; make one in that folder (lowercase=False for a cased model): "
@@ -129,17 +144,60 @@ def _read_tokenizer(folder: pathlib.Path):
     raise UserError(f"{folder} has no sentencepiece.bpe.model and no tokenizer.json, the tokenizer.")
 
 
+def _check_normalizer(folder: pathlib.Path) -> None:
+    """UserError where tokenizer_config.json asks for other lower-casing than tokenizer.json does: transformers obeys it."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    asked, done = read_json(folder / "tokenizer_config.json"), read_json(folder / "tokenizer.json").get("normalizer")
+    if not isinstance(done, dict) or done.get("type") != "BertNormalizer":
+        return
+    for theirs, ours in NORMALIZER.items():
+        if theirs in asked and asked[theirs] != done.get(ours):
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'} has {theirs} = {asked[theirs]!r}, tokenizer.json {ours} = "
+                f"{done.get(ours)!r}: transformers does what the first says; make them agree."
+            )
+
+
+def _check_special_tokens(folder: pathlib.Path, tokenizer, prompts: Mapping[str, str]) -> None:
+    """UserError for tokens that were added to a SentencePiece model, and for special tokens in a prompt: text to us."""
+    special = {*tokenizer_json.XLM_R.values()}
+    added = set()
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+        entries = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        entries = entries.values() if isinstance(entries, dict) else entries or ()
+        added |= {str(entry["content"]) for entry in entries if isinstance(entry, dict) and "content" in entry}
+    if (folder / "added_tokens.json").is_file():
+        added |= set(read_json(folder / "added_tokens.json"))
+    if isinstance(tokenizer, tokenizer_lib.Tokenizer) and added - special:
+        raise UserError(
+            f"{folder} adds the tokens {', '.join(sorted(added - special)[:5])} to those of sentencepiece.bpe.model; "
+            "only what the model file itself has is read here."
+        )
+    for task, prompt in prompts.items():
+        found = sorted(token for token in added if token and token in prompt)
+        if found:
+            raise UserError(
+                f"{folder} has the special token {found[0]} in its {task} prompt; it would be read as text here."
+            )
+
+
 def _with_length(encoder: Encoder, folder: pathlib.Path) -> Encoder:
     """The length sentence-transformers reads of a text; a learned table's rows are the most there can be."""
-    file = folder / "sentence_bert_config.json"
-    length = read_json(file) if file.is_file() else {}
-    if "max_seq_length" not in length or length["max_seq_length"] is None:
+    places = ((SENTENCE, "max_seq_length"), ("tokenizer_config.json", "model_max_length"))
+    for name, key in places:
+        settings = read_json(folder / name) if (folder / name).is_file() else {}
+        if key in settings and settings[key] is not None:
+            break
+    else:
         return encoder
+    if key == "model_max_length" and isinstance(settings[key], int | float) and settings[key] > 2**30:
+        return encoder  # transformers' way to say: any
     faults: list[str] = []
-    hf_config.number(length, "max_seq_length", faults, kind=int, file=file.name)
+    hf_config.number(settings, key, faults, kind=int, file=name)
     if faults:
         raise UserError(*faults)
-    cap = length["max_seq_length"]
+    cap = settings[key]
     return dataclasses.replace(
         encoder, max_seq_length=cap if encoder.position == "rotary" else min(cap, encoder.max_seq_length)
     )
@@ -159,6 +217,8 @@ def _check_sentence_files(folder: pathlib.Path) -> None:
                 f"{modules} has a {kind} after the encoder; only {', '.join(sorted(known))} are computed here."
             )
         pooling = place if kind == "Pooling" else pooling
+    if found and "Pooling" not in dict(kinds_and_places):
+        raise UserError(f"{modules} has no Pooling; only the mean over all tokens is computed here.")
     if (folder / pooling / "config.json").is_file():
         settings = read_json(folder / pooling / "config.json")
         modes = {
@@ -166,16 +226,19 @@ def _check_sentence_files(folder: pathlib.Path) -> None:
         }
         if "pooling_mode" in settings:
             modes = {f"{settings['pooling_mode']}_tokens"}
-        if modes - {"mean_tokens"} or ("include_prompt" in settings and not settings["include_prompt"]):
+        if modes != {"mean_tokens"} or ("include_prompt" in settings and not settings["include_prompt"]):
             raise UserError(
                 f"{folder / pooling / 'config.json'} asks for other vectors than the mean over all tokens; only that is "
                 "computed here. To train from this encoder all the same, remove that file."
             )
-    if (folder / "sentence_bert_config.json").is_file():
-        settings = read_json(folder / "sentence_bert_config.json")
+    older = [path.name for path in folder.glob("sentence_*_config.json") if path.name != SENTENCE]
+    if older:
+        raise UserError(f"{folder} has a {older[0]}, as old sentence-transformers wrote it; rename it to {SENTENCE}.")
+    if (folder / SENTENCE).is_file():
+        settings = read_json(folder / SENTENCE)
         if settings.get("do_lower_case"):
             raise UserError(
-                f"{folder / 'sentence_bert_config.json'} has do_lower_case; texts are not changed here before the tokenizer, "
+                f"{folder / SENTENCE} has do_lower_case; texts are not changed here before the tokenizer, "
                 "which lower-cases by itself where its file says so."
             )
 
@@ -216,7 +279,7 @@ def _load_json(path: pathlib.Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}.") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Sequence
 
 import jax
@@ -207,27 +208,45 @@ def write_description(root: pathlib.Path, config: config_lib.Config, tokenizer, 
 def save(model: Model, output: str | pathlib.Path, *, made_by: str) -> None:
     """Write a model folder: a workdir with step 0 and no optimiser, for --model and --init_from.
 
-    `made_by` says in a sentence where it comes from. An earlier model folder at `output` is replaced; UserError if
-    anything else is there.
+    `made_by` says in a sentence where it comes from. It is written beside its place and renamed into it. An earlier model
+    folder at `output` is replaced; UserError if anything else is there.
     """
-    root = pathlib.Path(output)
-    check_model_output(root)
-    if root.exists():
-        shutil.rmtree(root)
-    root.mkdir(parents=True)
-    state = {"step": 0, "params": model.params}
-    checkpoint.save(root / "checkpoints", state, facts={"made_by": made_by}, keep=1)
-    shape = {"encoder": dataclasses.asdict(model.encoder), "moe": dataclasses.asdict(model.moe)}
-    description = {**shape, "head": "head" in model.params, "prompts": model.prompts, "made_by": made_by}
-    _write(root, description, model.tokenizer)
+    check_model_output(pathlib.Path(output))
+    root = pathlib.Path(output).resolve()  # of a link, what it points to
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        folder = pathlib.Path(scratch) / root.name
+        folder.mkdir()
+        state = {"step": 0, "params": model.params}
+        checkpoint.save(folder / "checkpoints", state, facts={"made_by": made_by}, keep=1)
+        shape = {"encoder": dataclasses.asdict(model.encoder), "moe": dataclasses.asdict(model.moe)}
+        description = {**shape, "head": "head" in model.params, "prompts": model.prompts, "made_by": made_by}
+        _write(folder, description, model.tokenizer)
+        if root.exists():
+            shutil.rmtree(root)
+        folder.rename(root)
 
 
 def check_model_output(root: pathlib.Path) -> None:
-    """UserError, before any work, unless `save` may write a model folder at `root`."""
+    """UserError, before any work, unless `save` may write a model folder at `root`; the folder it is to be in is made."""
+    try:
+        root.resolve().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={root} cannot be made: {error.strerror} ({error.filename}).") from error
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return
     if not (root / DESCRIPTION).is_file() or read_description(root).config is not None:
         raise UserError(f"--output={root} exists and is no earlier model folder; name another.")
+    own = {DESCRIPTION, "checkpoints", tokenizer_lib.Tokenizer.file_name, tokenizer_lib.JsonTokenizer.file_name}
+    refuse_others(root, own)
+
+
+def refuse_others(root: pathlib.Path, own: set[str]) -> None:
+    """UserError if the folder `root`, about to be replaced, holds more than `own`: nobody's work is deleted with it."""
+    others = sorted(path.name for path in root.iterdir() if path.name not in own)
+    if others:
+        raise UserError(
+            f"--output={root} also holds {', '.join(others[:5])}, which would be lost; name another folder."
+        )
 
 
 def _write(root: pathlib.Path, description: dict, tokenizer) -> None:

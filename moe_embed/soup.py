@@ -117,7 +117,7 @@ def _shares(text: str | None, count: int) -> list[float]:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != count or not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
+    if len(weights) != count or not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
         raise UserError(f"--weights={text} must be {count} numbers of 0 or more, not all 0: one for each model.")
     return [weight / sum(weights) for weight in weights]
 

@@ -38,11 +38,13 @@ def random_params(encoder: Encoder, moe: Moe, *, with_head: bool = False, seed: 
     return params
 
 
-def word_pieces(texts=("what is it", "the page margins")) -> bytes:
+def word_pieces(texts=("what is it", "the page margins"), *, pad_id: int = 0) -> bytes:
     """BERT's tokenizer.json: its special tokens first, then single letters and the words of `texts`."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special.insert(pad_id, "[PAD]")
     letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
     words = sorted({word for text in texts for word in text.lower().split() if word.isalpha() and len(word) > 1})
-    vocab = {piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *words])}
+    vocab = {piece: i for i, piece in enumerate([*special, *letters, *words])}
     return tokenizers.BertWordPieceTokenizer(vocab, lowercase=True).to_str().encode()
 
 
@@ -53,7 +55,8 @@ def write_folder(folder, encoder: Encoder, moe: Moe, *, tokenizer: bytes | None 
     tensors = hf_layout.to_tensors(params, encoder=encoder, moe=moe)
     save(folder, rename(tensors) if rename else tensors)
     (folder / "config.json").write_text(json.dumps(hf_config.hf_config(encoder, moe) | config))
-    (folder / "tokenizer.json").write_bytes(word_pieces() if tokenizer is None else tokenizer)
+    pad_id = max(encoder.position_offset - 1, 0)
+    (folder / "tokenizer.json").write_bytes(word_pieces(pad_id=pad_id) if tokenizer is None else tokenizer)
     return params
 
 

@@ -60,7 +60,9 @@ class JsonTokenizer:
     def __init__(self, model_bytes: bytes, *, origin: str):
         try:
             self._model = tokenizers.Tokenizer.from_buffer(model_bytes)
-        except Exception as error:  # the package raises nothing narrower
+        except BaseException as error:  # the package raises nothing narrower, and Rust's panics are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise UserError(f"{origin} is not a tokenizer.json that the tokenizers package reads: {error}.") from error
         self._model.no_truncation()
         self._model.no_padding()
