@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import types
 import typing
@@ -65,7 +66,7 @@ class Data:
     tokenizer: str  # a SentencePiece model
     batch_size: int  # pairs in a global batch; for the objective mlm: packed rows
     weights: tuple[float, ...] = ()  # how often each source is drawn; () is in proportion to its size ** smoothing
-    by_language: bool = False  # also one language per global batch, each drawn in proportion to its size ** smoothing
+    by_language: bool = False  # also one language per global batch; its size is that over all sources
     smoothing: float = 1.0  # 0.3 for Nomic's MLM: small languages are drawn more often than their share
     query: str = "query"  # column names
     document: str = "document"
@@ -92,8 +93,10 @@ class Loss:
     bidirectional: bool = False  # also document -> query, averaged (the paper: query -> document only)
     mask_duplicates: bool = True  # a copy of the positive document, or a positive of the same query, is no negative
     false_negative_margin: float = 2.0  # nor is a document that scores above positive + margin; cosines differ by <= 2
-    dims: tuple[int, ...] = ()  # Matryoshka (arXiv 2205.13147): the loss on these prefixes too; () is the whole vector
-    dim_weights: tuple[float, ...] = ()  # one for each of dims; () is 1 each
+    dims: tuple[int, ...] = ()  # Matryoshka (arXiv 2205.13147): the loss on these prefixes too, beside the whole vector
+    dim_weights: tuple[
+        float, ...
+    ] = ()  # one for each of dims; () is 1 each, as is the whole vector's if not among them
     distill: str = ""  # teacher's view to match: "scores" of a pair's own documents, or "embeddings" of the batch
     distill_weight: float = 1.0
     distill_temperature: float = 0.02  # of the teacher's scores
@@ -254,6 +257,8 @@ def _parse(text: str, kind: type):
     """An override's text as a value of `kind`; left a string where it is none, for `_fits` to complain about."""
     if kind is str:
         return text
+    if kind is float and text == "inf":  # a preset's clip_norm
+        return math.inf
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -337,12 +342,12 @@ def _contradictions(c: Config) -> list[str]:
         (0 < c.loss.mask_fraction < 1, f"config.loss.mask_fraction={c.loss.mask_fraction} must be between 0 and 1."),
         (c.loss.distill_temperature > 0,
          f"config.loss.distill_temperature={c.loss.distill_temperature} must be positive."),
-        (c.loss.objective != "mlm" or not (c.run.eval_every or c.data.num_negatives or c.loss.distill),
-         "config.loss.objective=mlm reads texts: leave config.run.eval_every, config.data.num_negatives and "
-         "config.loss.distill out."),
+        (c.loss.objective != "mlm" or not (c.run.eval_every or c.data.num_negatives or c.loss.distill or c.loss.dims),
+         "config.loss.objective=mlm reads texts: leave config.run.eval_every, config.data.num_negatives, config.loss.distill "
+         "and config.loss.dims out."),
         (c.moe.num_experts == 0 or 1 <= c.moe.top_k <= c.moe.num_experts,
          f"config.moe.top_k={c.moe.top_k} must be between 1 and config.moe.num_experts={c.moe.num_experts}."),
-        (max(c.data.query_length, c.data.document_length) <= c.data.row_length,
+        (max(c.data.query_length, c.data.document_length) <= c.data.row_length or c.loss.objective == "mlm",
          f"config.data.row_length={c.data.row_length} is shorter than a text's cap (query_length="
          f"{c.data.query_length}, document_length={c.data.document_length}); raise row_length."),
         (min(c.data.query_length, c.data.document_length, c.encoder.max_seq_length) >= 3,
@@ -361,8 +366,13 @@ def _contradictions(c: Config) -> list[str]:
         "moe": ("every",),
         "data": ("batch_size", "rows", "row_length", "texts_per_row"),
         "run": ("steps", "save_every", "keep"),
-        "optim": ("clip_norm",),
+        "optim": ("clip_norm", "epsilon"),
     }
+    positive["encoder"] += ("rotary_base", "norm_epsilon")
+    rules += [
+        (0 <= value < 1, f"config.optim.{key}={value} must be at least 0 and less than 1.")
+        for key, value in (("beta1", c.optim.beta1), ("beta2", c.optim.beta2))
+    ]
     for section, keys in positive.items():
         for key in keys:
             value = getattr(getattr(c, section), key)
@@ -373,6 +383,7 @@ def _contradictions(c: Config) -> list[str]:
         "moe": ("num_experts",),
         "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
         "run": ("seed", "eval_every"),
+        "encoder": ("position_offset", "num_positions"),
     }
     for section, keys in not_negative.items():
         for key in keys:

@@ -27,7 +27,7 @@ import safetensors.numpy
 
 from moe_embed import hf_config, hf_layout, model_card, sharding, tokenizer_json, verb
 from moe_embed.config import Mesh, UserError
-from moe_embed.load import Model, load, refuse_others
+from moe_embed.load import Model, load
 
 TOLERANCE = 1e-5  # largest difference of a number of a unit vector, float32
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
@@ -67,11 +67,13 @@ def export(model: Model, output: str | pathlib.Path, *, force: bool = False) -> 
     """
     output = pathlib.Path(output).resolve()
     occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    foreign = occupied and not ((output / "parity.json").is_file() and (output / "config.json").is_file())
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    foreign = occupied and not {"parity.json", "config.json"} <= names <= FILES
     if foreign and not force:
-        raise UserError(f"{output} is not empty and is no earlier export; name another folder, or move it by --force.")
-    if occupied and not foreign:
-        refuse_others(output, FILES)
+        others = f" (it also holds {', '.join(sorted(names - FILES)[:5])})" if "parity.json" in names else ""
+        raise UserError(
+            f"{output} is not empty and is no earlier export{others}; name another folder, or move it by --force."
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

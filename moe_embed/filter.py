@@ -7,7 +7,7 @@ A pair stays if its document is among the `top_k` distinct documents nearest to 
 (E5, arXiv 2212.03533; Nomic Embed v2, arXiv 2502.07972: top 2 in shards of a million). A shard is a run of pairs of one
 file. A file is cut into as few as hold `shard` pairs each, all of one size: in a small rest everything would pass. Copies of
 a document are that document, and one that scores as high as the last of the top_k, to the rounding of float32, is among
-them. Every pair is judged.
+them. Other answers of a query are rivals, as in E5: of many, `top_k` stay. Every pair is judged.
 
 Rows that stay are written as they stand (a CSV row as JSON); of a row with several documents, those that pass. One file
 goes to a file, several or a pattern to a folder, under their names. The vectors of a shard are held in memory.
@@ -76,7 +76,10 @@ def plan(pairs: str, output: pathlib.Path) -> dict[str, pathlib.Path]:
         outputs = {path: output / pathlib.Path(path).name.replace(".csv", ".jsonl") for path in paths}
         if len(set(outputs.values())) < len(paths):
             raise UserError(f"--pairs={pairs} has two files that would be one in --output={output}; filter them apart.")
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output={output} cannot be made: {error.strerror}.") from error
     for path, other in itertools.product(outputs, outputs.values()):
         if other.exists() and os.path.samefile(path, other):
             raise UserError(f"--output={output} would write over {path}; name another.")

@@ -12,6 +12,7 @@ paper does before it adapts an encoder to long texts (arXiv 2502.07972); what th
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import sys
 import time
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="a folder with config.json and model.safetensors")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="the model folder to write")
     parser.add_argument("--position", choices=("learned", "rotary"), help="default: as the model has them")
+    parser.add_argument("--rotary_base", type=float, default=ROTARY_BASE, help="of --position=rotary (default: 10,000)")
     parser.add_argument("--max_seq_length", type=int, help="tokens read of a text; beyond the model's own: rotary only")
     parser.add_argument("--query_prompt", help="where config_sentence_transformers.json names none")
     parser.add_argument("--document_prompt", help="the same for documents")
@@ -57,6 +59,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if (arguments.prune_vocab is None) != (arguments.keep is None):
         raise UserError("--prune_vocab=TEXTS and --keep=N go together: which texts count, and how many pieces to keep.")
+    if not 0 < arguments.rotary_base < math.inf:
+        raise UserError(f"--rotary_base={arguments.rotary_base} must be a positive number.")
+    if arguments.rotary_base != ROTARY_BASE and arguments.position != "rotary":
+        raise UserError("--rotary_base belongs to --position=rotary.")
     check_model_output(arguments.output)
     given = {"query": arguments.query_prompt, "document": arguments.document_prompt}
     model, folder = read(arguments.model, prompts={task: text for task, text in given.items() if text is not None})
@@ -65,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{arguments.model} has rotary positions and no table of learned ones; leave --position out.")
     if arguments.prune_vocab is not None:
         model = prune(model, [path for path in arguments.prune_vocab.split(",") if path], keep=arguments.keep)
-    learned, model = model, to_rotary(model) if rotary else model
+    learned, model = model, to_rotary(model, base=arguments.rotary_base) if rotary else model
     if arguments.max_seq_length is not None:
         model = read_at_most(model, arguments.max_seq_length)
     print(summary(model, folder))
@@ -121,14 +127,12 @@ def prune(model: Model, paths: Sequence[str], *, keep: int) -> Model:
     return dataclasses.replace(model, encoder=encoder, params=params, tokenizer=pruned.tokenizer)
 
 
-def to_rotary(model: Model) -> Model:
-    """`model` without its table of positions, its attention turned by rotary angles of base 10,000 instead."""
+def to_rotary(model: Model, *, base: float = ROTARY_BASE) -> Model:
+    """`model` without its table of positions, its attention turned by rotary angles of this base instead."""
     encoder = model.encoder
     if encoder.dim // encoder.num_heads % 2:
         raise UserError(f"{model.origin} has heads of {encoder.dim // encoder.num_heads} numbers; rotary needs pairs.")
-    encoder = dataclasses.replace(
-        encoder, position="rotary", num_positions=0, position_offset=0, rotary_base=ROTARY_BASE
-    )
+    encoder = dataclasses.replace(encoder, position="rotary", num_positions=0, position_offset=0, rotary_base=base)
     embedding = {name: array for name, array in model.params["embedding"].items() if name != "position_PD"}
     return dataclasses.replace(model, encoder=encoder, params=model.params | {"embedding": embedding})
 

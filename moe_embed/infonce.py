@@ -41,7 +41,7 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
       query_ND: float32, this device's N queries, of any norm.
       document_ND: float32, this device's N * (1 + h) documents; query i's positive is row i * (1 + h), its hard
         negatives follow.
-      c: which terms. With `bidirectional` the loss of finding each positive's query among all queries is averaged in
+      c: which terms. The whole vector is always scored. With `bidirectional` the loss of finding each positive's query among all queries is averaged in
         (arXiv 2103.00020); with `dims` the sum runs over prefixes, weighted (arXiv 2205.13147); with `distill` the
         divergence from the teacher is added. No candidate for a query are: copies of its positive and positives of the
         same query (`mask_duplicates`), and what scores above its positive by more than `false_negative_margin`.
@@ -59,7 +59,8 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
         same_NC = document_id_C == ids.document_N[::per_query, None]
         also_NC = (query_id_C == ids.query_N[:, None]) & (jnp.arange(document_id_C.shape[0]) % per_query == 0)
         never_NC |= (same_NC | also_NC) & ~is_positive_NC
-    dims = c.dims or (query_ND.shape[1],)
+    weights = _weights(c, query_ND.shape[1])
+    dims = tuple(weights)
     cosines = dict(_prefix_cosines(query_ND, document_CD, dims))
     whole_NC = cosines[max(dims)]
     never_NC |= whole_NC > _at(whole_NC, label_N)[:, None] + c.false_negative_margin
@@ -75,7 +76,6 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
         )
         loss = {dim: (loss_N + back[dim]) / 2 for dim, loss_N in loss.items()}
 
-    weights = dict(zip(dims, c.dim_weights or (1.0,) * len(dims), strict=True))
     sums = {"accuracy": (score[max(dims)].argmax(1) == label_N).astype(jnp.float32).sum()}
     sums["masked_candidates"] = (never_NC & (document_id_C >= 0)).astype(jnp.float32).sum()
     sums |= {f"contrastive_loss_{dim}": loss_N.sum() for dim, loss_N in loss.items()} if len(dims) > 1 else {}
@@ -95,6 +95,11 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
     metrics = dict(zip(names, means, strict=True))
     total = metrics["contrastive_loss"]
     return total + c.distill_weight * metrics["distill_loss"] if "distill_loss" in metrics else total, metrics
+
+
+def _weights(c: config_lib.Loss, dim: int) -> dict[int, float]:
+    """The prefixes that are scored, the whole vector of `dim` numbers among them, and what each counts."""
+    return {dim: 1.0} | dict(zip(c.dims, c.dim_weights or (1.0,) * len(c.dims), strict=True))
 
 
 def _gather_together(*parts: jax.Array) -> list[jax.Array]:
@@ -124,7 +129,7 @@ def _backward_loss(positive_ND, query_CD, document_id_C, query_id_C, c: config_l
     """For each prefix the loss [N] of finding the query of each of this device's positives among all queries."""
     num_queries = positive_ND.shape[0]
     label_N = sharding.index("N") * num_queries + jnp.arange(num_queries)
-    dims = c.dims or (positive_ND.shape[1],)
+    dims = tuple(_weights(c, positive_ND.shape[1]))
     cosines = dict(_prefix_cosines(positive_ND, query_CD, dims))
     whole_NC = cosines[max(dims)]
     never_NC = whole_NC > _at(whole_NC, label_N)[:, None] + c.false_negative_margin

@@ -153,6 +153,7 @@ class Description:
     prompts: dict[str, str]
     with_head: bool  # a head of masked language modelling is among the parameters
     config: config_lib.Config | None
+    init_from: str | None = None  # the model a run began with; None: fresh parameters
 
 
 def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh) -> Model:
@@ -177,7 +178,8 @@ def read_description(root: pathlib.Path) -> Description:
             raise ValueError(f"its prompts are {prompts!r}")
         if "config" in description:
             config = config_lib.from_dict(description["config"])
-            return Description(config.encoder, config.moe, prompts, config.loss.objective == "mlm", config)
+            with_head, init_from = config.loss.objective == "mlm", description.get("init_from")
+            return Description(config.encoder, config.moe, prompts, with_head, config, init_from)
         encoder = config_lib.section("encoder", description["encoder"])
         return Description(encoder, config_lib.section("moe", description["moe"]), prompts, description["head"], None)
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
@@ -200,9 +202,11 @@ def prompts_of(config: config_lib.Config) -> dict[str, str]:
     return {"query": config.data.query_prompt, "document": config.data.document_prompt}
 
 
-def write_description(root: pathlib.Path, config: config_lib.Config, tokenizer, *, prompts: dict[str, str]) -> None:
-    """Make `root` a workdir: config, prompts and versions, and a copy of the tokenizer."""
-    _write(root, {"config": config_lib.to_dict(config), "prompts": prompts}, tokenizer)
+def write_description(
+    root: pathlib.Path, config: config_lib.Config, tokenizer, *, prompts: dict[str, str], init_from: str | None = None
+) -> None:
+    """Make `root` a workdir: config, prompts, versions and what it began with, and a copy of the tokenizer."""
+    _write(root, {"config": config_lib.to_dict(config), "prompts": prompts, "init_from": init_from}, tokenizer)
 
 
 def save(model: Model, output: str | pathlib.Path, *, made_by: str) -> None:
@@ -237,13 +241,8 @@ def check_model_output(root: pathlib.Path) -> None:
     if not (root / DESCRIPTION).is_file() or read_description(root).config is not None:
         raise UserError(f"--output={root} exists and is no earlier model folder; name another.")
     own = {DESCRIPTION, "checkpoints", tokenizer_lib.Tokenizer.file_name, tokenizer_lib.JsonTokenizer.file_name}
-    refuse_others(root, own)
-
-
-def refuse_others(root: pathlib.Path, own: set[str]) -> None:
-    """UserError if the folder `root`, about to be replaced, holds more than `own`: nobody's work is deleted with it."""
     others = sorted(path.name for path in root.iterdir() if path.name not in own)
-    if others:
+    if others:  # it is about to be replaced: nobody's work is deleted with it
         raise UserError(
             f"--output={root} also holds {', '.join(others[:5])}, which would be lost; name another folder."
         )

@@ -283,7 +283,10 @@ def _open_work(output: pathlib.Path, made_of: dict[str, str]) -> _Work:
     folder = output.with_name(output.name + ".work")
     if folder.is_file():
         raise UserError(f"{folder} is a file, and the work of --output={output} needs a folder there.")
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}, where the work is kept, cannot be made: {error.strerror}.") from error
     path = folder / "progress.json"
     if not path.is_file():
         work = _Work(folder, {})

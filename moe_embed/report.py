@@ -36,8 +36,12 @@ def main(argv: Sequence[str]) -> None:
     workdir = workdirs[0]
     if not (workdir / DESCRIPTION).is_file():
         raise UserError(f"{workdir} is no workdir: it has no {DESCRIPTION}; train writes one.")
-    print(training(workdir))
     config = read_description(workdir).config
+    if config is None:
+        raise UserError(
+            f"{workdir} is a model folder (import_hf, upcycle, soup), not a run: there is nothing to report."
+        )
+    print(training(workdir))
     texts = texts_by_language(config)
     if config.moe.num_experts and texts:
         print(experts(load(workdir), texts))
@@ -87,12 +91,18 @@ def sparkline(values: np.ndarray) -> str:
 
 
 def texts_by_language(config: Config) -> dict[str, list[str]]:
-    """The first documents of each language in the run's monolingual pairs (`lang` without a "-")."""
+    """The first documents, or texts, of each language in the run's monolingual data (`lang` without a "-")."""
     texts: dict[str, list[str]] = {}
     for path in config.data.sources:
-        for pair in sources.read_source(path, query=config.data.query, document=config.data.document).pairs:
-            if pair.lang and "-" not in pair.lang and len(texts.setdefault(pair.lang, [])) < TEXTS:
-                texts[pair.lang].append(pair.document)
+        if config.loss.objective == "mlm":
+            source = sources.read_text_source(path, column=config.data.document)
+            found = zip(source.langs, source.texts, strict=True)
+        else:
+            pairs = sources.read_source(path, query=config.data.query, document=config.data.document).pairs
+            found = ((pair.lang, pair.document) for pair in pairs)
+        for lang, text in found:
+            if lang and "-" not in lang and len(texts.setdefault(lang, [])) < TEXTS:
+                texts[lang].append(text)
     return dict(sorted(texts.items()))
 
 

@@ -19,13 +19,14 @@ import numpy as np
 
 from moe_embed import checkpoint, metrics, optim, program, retrieval, sharding, verb
 from moe_embed import config as config_lib
-from moe_embed.config import Config, Encoder, Moe, UserError
+from moe_embed.config import Config, UserError
 from moe_embed.data import batches as batches_lib
 from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.data.mlm_batches import MlmBatches
 from moe_embed.load import (
     DESCRIPTION,
+    Description,
     Model,
     find_tokenizer,
     load,
@@ -73,14 +74,21 @@ def train(
     mesh = sharding.make_mesh(config.mesh)
     checkpoints = workdir / "checkpoints"
     first = checkpoint.newest_verified(checkpoints, say=print)
-    prompts, base = prompts_of(config), None
-    if init_from and first is None:
-        base = load(init_from, mesh=mesh)
-        config, prompts = inherit(config, base.encoder, base.moe, base.prompts, origin=init_from, explicit=explicit)
-    elif init_from:
-        d = read_description(workdir)
-        config, prompts = inherit(config, d.encoder, d.moe, d.prompts, origin=str(workdir), explicit=explicit)
-    tokenizer = base.tokenizer if base else find_tokenizer(workdir) if init_from else None
+    prompts, base, tokenizer = prompts_of(config), None, None
+    before = read_description(workdir) if (workdir / DESCRIPTION).is_file() else None
+    init_from = same_beginning(before, init_from, workdir, begun=first is not None)
+    if init_from:
+        if first is None:
+            before = base = load(init_from, mesh=mesh)
+        origin, tokenizer = (init_from, base.tokenizer) if base else (str(workdir), find_tokenizer(workdir))
+        config, prompts = inherit(config, before, origin=origin, explicit=explicit)
+        if (
+            "data.tokenizer" in explicit
+            and tokenizer_lib.read(config.data.tokenizer).model_bytes != tokenizer.model_bytes
+        ):
+            raise UserError(
+                f"--config.data.tokenizer={config.data.tokenizer} is not the tokenizer of {origin}; leave it out."
+            )
     batches, tokenizer, tasks = open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
     say_what_will_run(config, prog, batches)
@@ -96,7 +104,7 @@ def train(
             return
         print(f"continuing {workdir} from step {first} of {config.run.steps}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
-    write_description(workdir, config, tokenizer, prompts=prompts)
+    write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from)
 
     started = time.perf_counter()
     with metrics.Writer(workdir, first_step=first, last_step=config.run.steps) as writer:
@@ -130,29 +138,52 @@ def train(
     print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
 
 
+def same_beginning(
+    before: Description | None, init_from: str | None, workdir: pathlib.Path, *, begun: bool
+) -> str | None:
+    """What the run in `workdir` starts from. UserError where an earlier call said otherwise: it would be another run."""
+    if before is None or before.config is None or (not begun and init_from):
+        return init_from  # new; or nothing is trained yet
+    if init_from and init_from != before.init_from:
+        began = f"--init_from={before.init_from}" if before.init_from else "fresh parameters"
+        raise UserError(
+            f"{workdir} began with {began}, not --init_from={init_from}; leave it out, or name another --workdir."
+        )
+    if before.init_from and not begun:
+        raise UserError(
+            f"{workdir} was to begin with --init_from={before.init_from}; say so again, or name another --workdir."
+        )
+    return before.init_from
+
+
 def inherit(
-    config: Config, encoder: Encoder, moe: Moe, prompts: dict[str, str], *, origin: str, explicit: Collection[str]
+    config: Config, base: Model | Description, *, origin: str, explicit: Collection[str]
 ) -> tuple[Config, dict[str, str]]:
     """`config` with the encoder, the mixture and the prompts of the model it starts from, and all of its prompts.
 
-    The dtype stays the config's: it is how the run computes, not what the model is. UserError names each key that was
-    set explicitly and disagrees.
+    Says what the config had otherwise. Its dtype stays: it is how the run computes, not what the model is; and so does
+    max_seq_length where it was set explicitly. UserError names each other key that was set explicitly and disagrees.
     """
-    encoder = dataclasses.replace(encoder, dtype=config.encoder.dtype)
+    kept = {"dtype": config.encoder.dtype}
+    if "encoder.max_seq_length" in explicit:
+        kept["max_seq_length"] = config.encoder.max_seq_length
     ours = {"query": "query_prompt", "document": "document_prompt"}
-    prompts = {task: text for task, text in prompts.items() if text}  # an empty one says nothing
+    prompts = {task: text for task, text in base.prompts.items() if text}  # an empty one says nothing
     data = dataclasses.replace(config.data, **{ours[task]: text for task, text in prompts.items() if task in ours})
-    theirs = dict(encoder=encoder, moe=moe, data=data)
-    faults = []
-    for name in sorted(explicit):
-        section, _, key = name.partition(".")
-        if section not in theirs:
-            continue
-        asked, found = getattr(getattr(config, section), key), getattr(theirs[section], key)
-        if asked != found:
-            faults.append(f"--config.{name}={asked!r} disagrees with {origin}, which has {found!r}; leave it out.")
+    theirs = dict(encoder=dataclasses.replace(base.encoder, **kept), moe=base.moe, data=data)
+    faults, inherited = [], []
+    for section, values in theirs.items():
+        for field in dataclasses.fields(values):
+            asked, found = getattr(getattr(config, section), field.name), getattr(values, field.name)
+            name = f"{section}.{field.name}"
+            if asked != found and name in explicit:
+                faults.append(f"--config.{name}={asked!r} disagrees with {origin}, which has {found!r}; leave it out.")
+            elif asked != found:
+                inherited.append(f"{field.name} {found!r} (config: {asked!r})")
     if faults:
         raise UserError(*faults)
+    if inherited and isinstance(base, Model):
+        print(f"of {origin}: {', '.join(inherited)}")
     config = dataclasses.replace(config, **theirs)
     return config_lib.from_dict(config_lib.to_dict(config)), prompts_of(config) | prompts  # checked again as a whole
 

@@ -11,8 +11,10 @@ from moe_embed.config import UserError
 
 def check_output(path: pathlib.Path, flag: str) -> None:
     """UserError, before any work, when a file cannot be written at `path`: a missing folder, or a folder in its place."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.absolute().parent}"
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        fault = f"{folder} is read-only" if folder.is_dir() else f"there is no folder {folder}"
+        what = "is a folder" if path.is_dir() else f"cannot be written: {fault}"
         raise UserError(f"{flag}={path} {what}; name a file in a folder that exists.")
 
 

@@ -283,8 +283,8 @@ def test_a_batch_numbers_its_queries(tokenizer):
 
 
 def test_a_batch_by_language_holds_one_language(tokenizer):
-    langs = ["de"] * 20 + ["en"] * 18 + ["fr"] * 3 + ["ja"] * 4
-    source = some_source(size=45)
+    langs = ["de"] * 20 + ["en"] * 18 + ["fr"] * 9 + ["ja"] * 8
+    source = some_source(size=55)
     pairs = [dataclasses.replace(pair, lang=lang) for pair, lang in zip(source.pairs, langs, strict=True)]
     lang_of = {batches_lib.document_id(pair.document): pair.lang for pair in pairs}
 
@@ -299,3 +299,12 @@ def test_a_batch_by_language_holds_one_language(tokenizer):
     for source, langs in found:  # languages too small for a batch are put together
         assert source == f"folder/a.jsonl {'+'.join(sorted(langs))}"
     assert all(source == "folder/a.jsonl" and len(langs) > 1 for source, langs in spoken())
+
+
+def test_distilling_scores_needs_some(tokenizer):
+    c = config(batch_size=4, num_negatives=1, steps=1)
+    c = dataclasses.replace(c, loss=dataclasses.replace(c.loss, distill="scores"))
+    batches_lib.Batches([Source("a", TWO, 0)], tokenizer, c, num_shards=1)
+    without = [dataclasses.replace(pair, scores=()) for pair in TWO]
+    with pytest.raises(config_lib.UserError, match='finds no "scores" in b'):
+        batches_lib.Batches([Source("b", without, 0)], tokenizer, c, num_shards=1)

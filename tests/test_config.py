@@ -46,6 +46,33 @@ def test_round_trip_through_json(variant):
     assert config_lib.from_dict(other) != config
 
 
+PRESETS = {  # arXiv 2502.07972, Table 2 and section 4, and the public code's yaml files: what must not drift
+    "mlm:paper": {"run.steps": 10_000, "data.batch_size": 4096, "data.row_length": 2048, "optim.learning_rate": 4e-4,
+                  "optim.warmup_steps": 500, "optim.clip_norm": 1.0, "loss.mask_fraction": 0.3, "data.smoothing": 0.3},
+    "mlm:contrastors": {"run.steps": 25_000, "optim.warmup_steps": 1000, "optim.clip_norm": float("inf"),
+                        "encoder.rotary_base": 1e5},
+    "mlm:ours": {"run.steps": 10_000, "loss.objective": "mlm", "moe.num_experts": 0},
+    "pretrain:paper": {"data.batch_size": 16_384, "optim.learning_rate": 8e-5, "optim.schedule": "cosine",
+                       "loss.temperature": 0.02, "loss.bidirectional": False, "loss.mask_duplicates": False,
+                       "loss.balance_coefficient": 0.125, "data.query_length": 32, "data.document_length": 256,
+                       "moe.num_experts": 8, "moe.top_k": 2, "moe.every": 2, "encoder.vocab_size": 250_048},
+    "pretrain:contrastors": {"optim.schedule": "inverse_sqrt", "run.steps": 195_312, "loss.bidirectional": False},
+    "pretrain:ours": {"loss.bidirectional": True, "loss.mask_duplicates": True, "loss.balance_coefficient": 0.01},
+    "finetune:paper": {"data.batch_size": 256, "data.num_negatives": 10, "optim.learning_rate": 2e-5, "loss.dims": (768, 256),
+                       "data.query_length": 512, "data.document_length": 512, "loss.bidirectional": False},
+    "finetune:contrastors": {"loss.dims": (), "data.query_length": 32, "data.document_length": 256},
+    "finetune:ours": {"loss.bidirectional": True, "loss.false_negative_margin": 0.1, "loss.mask_duplicates": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "mlm:tiny", "pretrain:tiny", "finetune:tiny"])
+def test_presets_say_what_the_paper_and_the_public_code_say(name):
+    stage, variant = name.split(":")
+    config = config_lib.load(f"{ROOT / 'configs' / 'nomic_v2' / stage}.py:{variant}", ["--config.data.sources=a.jsonl"])
+    expected = PRESETS[name] if name in PRESETS else {"encoder.dim": 128}
+    assert {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in expected} == expected
+
+
 def test_a_config_is_frozen():
     config = config_lib.load(TINY)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -169,10 +196,16 @@ CONTRADICTIONS = [
     ({"loss__mask_fraction": 1.0}, "config.loss.mask_fraction=1.0"),
     (MLM | {"run__eval_every": 5}, "config.loss.objective=mlm reads texts"),
     (MLM | {"data__num_negatives": 1}, "config.loss.objective=mlm reads texts"),
+    (MLM | {"loss__dims": (8,)}, "config.loss.objective=mlm reads texts"),
     ({"data__smoothing": -0.1}, "config.data.smoothing"),
+    ({"optim__beta1": 1.0}, "config.optim.beta1=1.0"),
+    ({"optim__beta2": -0.1}, "config.optim.beta2=-0.1"),
+    ({"optim__epsilon": 0.0}, "config.optim.epsilon=0.0"),
+    ({"encoder__rotary_base": 0.0}, "config.encoder.rotary_base=0.0"),
+    ({"encoder__norm_epsilon": -1.0}, "config.encoder.norm_epsilon=-1.0"),
 ]
 FITS = [
-    LEARNED, MLM, LEARNED | MLM, {"loss__dims": (8, 32), "loss__dim_weights": (2, 1)}, {"loss__dims": [16]},
+    LEARNED, MLM, LEARNED | MLM, MLM | {"data__row_length": 32}, {"loss__dims": (8, 32), "loss__dim_weights": (2, 1)}, {"loss__dims": [16]},
     {"loss__distill": "scores", "data__num_negatives": 1}, {"loss__distill": "embeddings", "data__teacher": "big"},
     {"loss__false_negative_margin": 0}, {"data__smoothing": 0}, {"run__seed": 2**63 - 1},
 ]  # fmt: skip

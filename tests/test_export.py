@@ -183,6 +183,12 @@ def test_a_foreign_folder_is_refused_or_moved_aside(model, tmp_path):
     export.export(model, tmp_path / "out", force=True)
     assert (tmp_path / "out.bak" / "thesis.tex").read_text() == "years of work"
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    (tmp_path / "out" / "model.gguf").write_text("made from the export")
+    with pytest.raises(config.UserError, match=r"it also holds model\.gguf"):
+        export.export(model, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out.bak")
+    with pytest.raises(config.UserError, match="is not empty"):
+        export.export(model, tmp_path / "link")
 
 
 def test_numbers_that_are_not_finite_and_a_foreign_tokenizer_are_refused(model, tmp_path):

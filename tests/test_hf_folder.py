@@ -1,5 +1,6 @@
 """Folders of Hugging Face: what is read from which file, what is left out by name, and every refusal."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -187,17 +188,58 @@ def test_the_command_that_makes_a_tokenizer_json_of_a_vocab_txt(tmp_path):
     ("1_Pooling/config.json", '{"pooling_mode": "lasttoken"}', "other vectors than the mean"),
     ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true, "include_prompt": false}', "other vectors than"),
     ("modules.json", '[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]', "has a Dense after"),
+    ("modules.json", '[{"type": "sentence_transformers.models.Transformer", "path": ""}]', "has no Pooling"),
+    ("modules.json", "[" * 100_000, "cannot be read as JSON"),
     ("modules.json", '{"a": 1}', "list of types and paths"),
     ("modules.json", "7", "list of types and paths"),
     ("sentence_bert_config.json", '{"do_lower_case": true}', "do_lower_case"),
     ("config_sentence_transformers.json", '{"prompts": ["a"]}', "not names and texts"),
     ("config_sentence_transformers.json", "{", "cannot be read as JSON"),
+    ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": false}', "other vectors than the mean"),
+    ("sentence_xlm-roberta_config.json", '{"max_seq_length": 4}', "rename it to sentence_bert_config"),
+    ("tokenizer_config.json", '{"do_lower_case": false}', "do_lower_case = False, tokenizer.json lowercase = True"),
+    ("tokenizer_config.json", '{"strip_accents": false}', "strip_accents = False"),
+    ("config_sentence_transformers.json", '{"prompts": {"query": "[MASK] "}}', r"special token \[MASK\] in its query"),
 ])  # fmt: skip
 def test_what_sentence_transformers_would_do_otherwise_is_refused(tmp_path, file, text, words):
     write_folder(tmp_path, BERT, DENSE)
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=words):
+        hf_folder.read_folder(tmp_path)
+
+
+def test_what_a_tokenizer_config_may_say(tmp_path):
+    write_folder(tmp_path, BERT, DENSE)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 9}')
+    assert hf_folder.read_folder(tmp_path).encoder.max_seq_length == 9
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    assert hf_folder.read_folder(tmp_path).encoder.max_seq_length == 16
+
+
+def test_tokens_added_to_a_sentencepiece_model_are_refused(tmp_path, sample_tokenizer):
+    write_folder(tmp_path, dataclasses.replace(XLM_R, vocab_size=16_064), DENSE)
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(sample_tokenizer)
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"content": "<mask>"}, {"content": "</s>"}]}')
+    assert hf_folder.read_folder(tmp_path).tokenizer.num_ids == 16_002
+    (tmp_path / "added_tokens.json").write_text('{"[QUERY]": 16002}')
+    with pytest.raises(UserError, match=r"adds the tokens \[QUERY\] to those of sentencepiece"):
+        hf_folder.read_folder(tmp_path)
+
+
+def test_another_padding_than_the_positions_count_from_is_refused(tmp_path):
+    write_folder(tmp_path, XLM_R, DENSE, tokenizer=hf_tiny.word_pieces())
+    with pytest.raises(UserError, match=r"pad_token_id = 1; the <pad> of tokenizer\.json is 0"):
+        hf_folder.read_folder(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    def spoil(tensors):
+        tensors["encoder.layer.1.output.dense.weight"][0, 0] = np.nan
+        return tensors
+
+    write_folder(tmp_path, BERT, DENSE, rename=spoil)
+    with pytest.raises(UserError, match=r"numbers in encoder\.layer\.1\.output\.dense\.weight that are not finite"):
         hf_folder.read_folder(tmp_path)
 
 

@@ -200,6 +200,7 @@ def test_rotary_drops_the_table_and_says_what_it_costs(folder, imported, tmp_pat
     assert f"configs/nomic_v2/mlm.py with --init_from={tmp_path / 'd'}." in out
     model = load(tmp_path / "d")
     assert (model.encoder.position, model.encoder.num_positions, model.encoder.rotary_base) == ("rotary", 0, 10_000)
+    assert import_hf.to_rotary(load(imported), base=1e5).encoder.rotary_base == 1e5  # as the public code's MLM
     assert "position_PD" not in model.params["embedding"]
     np.testing.assert_array_equal(model.params["embedding"]["word_VD"], load(imported).params["embedding"]["word_VD"])
     assert np.abs(model.encode(TEXTS) - load(imported).encode(TEXTS)).max() > 1e-2
@@ -261,6 +262,8 @@ def rotary_folder(tmp_path_factory):
 
 def test_learned_positions_of_a_rotary_model(rotary_folder, tmp_path):
     assert "has rotary positions and no table of learned ones" in refuse(rotary_folder, tmp_path, "--position=learned")
+    assert "belongs to --position=rotary" in refuse(rotary_folder, tmp_path, "--rotary_base=1e5")
+    assert "must be a positive number" in refuse(rotary_folder, tmp_path, "--rotary_base=0", "--position=rotary")
 
 
 def test_a_wordpiece_vocabulary_is_not_pruned(rotary_folder, file, tmp_path):

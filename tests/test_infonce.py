@@ -75,7 +75,10 @@ def by_hand(q, d, ids, query_ids, *, temperature, h, margin=2.0, dims=None, weig
     """The whole loss as loops over queries, candidates and prefixes."""
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     full, total = unit(q) @ unit(d).T, 0.0
-    for dim, weight in zip(dims or [q.shape[1]], weights or [1.0] * 9, strict=False):
+    terms = {q.shape[1]: 1.0} | dict(
+        zip(dims or [], weights or [1.0] * 9, strict=False)
+    )  # the whole vector always counts
+    for dim, weight in terms.items():
         cosine = unit(q[:, :dim]) @ unit(d[:, :dim]).T / temperature
         losses = []
         for i in range(N):
@@ -100,6 +103,7 @@ TERMS = {
     "same query": {},
     "margin": {"margin": 0.1},
     "prefixes": {"dims": (8, 3, 5), "weights": (1.0, 0.5, 2.0)},
+    "prefixes beside the whole vector": {"dims": (3, 5), "weights": (0.5, 2.0)},
     "all, both ways": {"margin": 0.2, "dims": (8, 4), "weights": (1.0, 0.3), "bidirectional": True},
 }
 

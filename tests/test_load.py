@@ -1,5 +1,7 @@
 """encode: rows in the caller's order, the same vector in any company, and clear refusals."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from moe_embed import config as config_lib
 from moe_embed import load as load_function
 from moe_embed import sharding
+from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import Model, load
+from moe_embed.load import Model, load, save
 from moe_embed.model import encoder
 
 TEXTS = [
@@ -55,6 +58,23 @@ def test_prompt_dim_and_length(model):
     long = ["word " * 400]
     np.testing.assert_allclose(model.encode(long, max_length=10_000), model.encode(long), atol=1e-6)
     assert len(model._tokenise(long, None, 10_000)[0]) == model.encoder.max_seq_length
+
+
+def test_a_model_folder_is_replaced_and_nothing_else(model, tmp_path):
+    save(model, tmp_path / "m", made_by="a test")
+    save(dataclasses.replace(model, prompts={}), tmp_path / "m", made_by="a test")
+    assert load(tmp_path / "m", mesh=model.mesh).prompts == {}
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    save(model, tmp_path / "link", made_by="a test")
+    assert load(tmp_path / "m", mesh=model.mesh).prompts == model.prompts
+    (tmp_path / "m" / "finetuned").mkdir()
+    (tmp_path / "m" / "finetuned" / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="also holds finetuned, which would be lost"):
+        save(model, tmp_path / "m", made_by="a test")
+    assert (tmp_path / "m" / "finetuned" / "notes.txt").read_text() == "precious"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        save(model, tmp_path / "file" / "m", made_by="a test")
 
 
 def test_any_iterable_of_texts_will_do(model):

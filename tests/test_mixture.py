@@ -109,12 +109,16 @@ LANGS = (["de", "en", "de", "ja", "de", "en"], ["", ""])
 def test_groups_are_sources_or_languages_and_lose_nobody():
     whole = make_groups(LANGS, by_language=False, batch_size=2)
     assert [(g.source, g.lang, g.members.tolist()) for g in whole] == [(0, "", [0, 1, 2, 3, 4, 5]), (1, "", [0, 1])]
-    apart = make_groups(LANGS, by_language=True, batch_size=2)
+    apart = make_groups(LANGS, by_language=True, batch_size=1)
     assert [(g.source, g.lang, g.members.tolist()) for g in apart] == [
         (0, "de", [0, 2, 4]), (0, "en", [1, 5]), (0, "ja", [3]), (1, "", [0, 1])]  # fmt: skip
     together = make_groups(LANGS, by_language=True, batch_size=3)
     assert [(g.lang, g.members.tolist()) for g in together] == [("de", [0, 2, 4]), ("en+ja", [1, 3, 5]), ("", [0, 1])]
-    for groups in (whole, apart, together):
+    joined = make_groups(LANGS, by_language=True, batch_size=2)  # "ja" cannot fill a batch by itself: with the smallest
+    assert [(g.lang, len(g.members)) for g in joined] == [("de", 3), ("en+ja", 3), ("", 2)]
+    small = make_groups(LANGS, by_language=True, batch_size=9)  # nor can a whole source
+    assert [(g.lang, len(g.members)) for g in small] == [("de+en+ja", 6), ("", 2)]
+    for groups in (whole, apart, together, joined, small):
         assert sum(len(g.members) for g in groups) == 8
 
 
@@ -124,3 +128,16 @@ def test_shares_by_hand():
     np.testing.assert_allclose(shares(groups, weights=(), smoothing=0.25), np.array([2, 3, 1]) / 6)  # p ** 0.25
     np.testing.assert_allclose(shares(groups, weights=(0.5, 0.5), smoothing=0.25), [0.2, 0.3, 0.5])
     assert not np.allclose(shares(groups, weights=(0.4, 0.6), smoothing=0.25), [0.2, 0.3, 0.5])
+
+
+def test_a_language_has_its_share_however_it_is_spread_over_files():
+    one_file = make_groups([["en"] * 800, ["sw"] * 50], by_language=True, batch_size=1)
+    eight = make_groups([["en"] * 100] * 8 + [["sw"] * 50], by_language=True, batch_size=1)
+    expected = shares(one_file, weights=(), smoothing=0.3)
+    found = shares(eight, weights=(), smoothing=0.3)
+    np.testing.assert_allclose([found[:8].sum(), found[8]], expected)
+    np.testing.assert_allclose(found[:8], expected[0] / 8)
+    files = make_groups(
+        [["en"] * 100] * 8 + [["sw"] * 50], by_language=False, batch_size=1
+    )  # nobody asked for languages
+    np.testing.assert_allclose(shares(files, weights=(), smoothing=0.5)[8], 50**0.5 / (8 * 10 + 50**0.5))

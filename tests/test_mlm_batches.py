@@ -316,3 +316,10 @@ def test_the_fingerprint_follows_the_data():
     assert all(first != other.fingerprint for other in others)
     source = Texts("folder/a.jsonl", texts, [""] * 150, 18)
     assert first != MlmBatches([source], FakeTokenizer(), config(), num_shards=1).fingerprint
+
+
+def test_a_row_with_a_piece_has_a_masked_one_and_a_source_has_pieces():
+    made = make(some_texts(), fraction=0.001)
+    assert (flat(made.batch_at(0))["target_MBZ"] >= 0).sum(1).tolist() == [1] * made.c.batch_size
+    with pytest.raises(UserError, match=r"folder/a\.jsonl has no text with a piece in it"):
+        make([""])

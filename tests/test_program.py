@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moe_embed import config as config_lib
@@ -205,6 +206,26 @@ def test_steps_lower_the_loss_and_count():
     assert int(state["step"]) == 12
     assert losses[-1] < losses[0] - 0.5
     np.testing.assert_allclose(rates[:3], [0.0, 0.005, 0.01], rtol=1e-6)  # warm-up of two steps
+
+
+def test_a_whole_step_with_clipping_is_the_same_for_every_cut_into_micro_batches():
+    """The public code clips what one micro-batch has added (paper.md 6.7, accumulation); here the step's gradient is clipped."""
+    stepped = []
+    for rows, clip_norm in ((16, 0.01), (1, 0.01), (1, 1e9)):
+        c = tiny.config(data={"rows": rows}, optim={"clip_norm": clip_norm, "warmup_steps": 0})
+        mesh = sharding.make_mesh(config_lib.Mesh(), devices=jax.devices()[:1])
+        prog = program.build(c, mesh, num_ids=tiny.FakeTokenizer.num_ids)
+        made = batches_of(c)
+        state = prog.init(tiny.params(c))
+        with jax.default_matmul_precision("highest"):
+            state, metrics = prog.step(state, sharding.put_batch(made.batch_at(0).arrays, mesh=mesh))
+        assert float(metrics["gradient_norm"]) > 0.1  # clipping has something to do
+        (first_moments,) = optax.tree_utils.tree_get_all_with_path(state["optimizer"], "mu")
+        stepped.append((made.sizes, jax.device_get(first_moments[1])))  # (1 - beta1) times the clipped gradient
+    (few, one), (many, other), (_, unclipped) = stepped
+    assert few != many
+    assert not differences(other, one)[0]
+    assert differences(unclipped, one)[0]
 
 
 def test_bfloat16_keeps_float32_masters_and_is_close():

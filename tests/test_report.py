@@ -81,9 +81,16 @@ def test_texts_by_language(tmp_path, monkeypatch):
     rows = [("ru", "r"), ("de", "a"), ("de-en", "x"), ("de", "b"), ("", "y"), ("de", "c")]
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"q": "q", "d": text, "lang": lang}) + "\n" for lang, text in rows))
-    config = types.SimpleNamespace(data=types.SimpleNamespace(sources=(str(path),), query="q", document="d"))
+    loss, data = (
+        types.SimpleNamespace(objective="contrastive"),
+        {"sources": (str(path),), "query": "q", "document": "d"},
+    )
+    config = types.SimpleNamespace(data=types.SimpleNamespace(**data), loss=loss)
     texts = report.texts_by_language(config)
     assert list(texts.items()) == [("de", ["a", "b"]), ("ru", ["r"])]
+    path.write_text('{"text": "a", "lang": "de"}\n')  # what masked language modelling reads
+    loss.objective = "mlm"
+    assert report.texts_by_language(config) == {"de": ["a"]}
 
 
 def test_a_folder_that_is_no_workdir(tmp_path):

@@ -143,6 +143,7 @@ def test_the_verb_writes_a_model_folder(models, tmp_path, capsys):
         (["--models=a,b", "--weights=1,x"], "must be 2 numbers"),
         (["--models=a,b", "--weights=0,0"], "not all 0"),
         (["--models=a,b", "--weights=-1,2"], "0 or more"),
+        (["--models=a,b", "--weights=1e308,1e308"], "must be 2 numbers"),
         (["--models=a,b,c", "--method=slerp"], "--models names 3"),
         (["--models=a,b"], "a holds no model"),
     ],

@@ -89,6 +89,15 @@ def test_a_run_goes_on_for_longer_where_its_schedule_does_not_depend_on_its_leng
         train.train(steps(config, 12), workdir=whole)
 
 
+def other_tokenizer(folder) -> pathlib.Path:
+    text = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words of a language"] * 9), model_writer=text, vocab_size=18, minloglevel=2
+    )
+    (folder / "tokenizer.model").write_bytes(text.getvalue())
+    return folder / "tokenizer.model"
+
+
 def test_changed_data_and_another_tokenizer_are_refused_and_change_nothing(whole, config, tmp_path):
     """Checked before anything is written: a finished run keeps the tokenizer it was trained with."""
     pairs = tmp_path / "titles.jsonl.gz"
@@ -96,12 +105,7 @@ def test_changed_data_and_another_tokenizer_are_refused_and_change_nothing(whole
     changed = dataclasses.replace(config.data, sources=(*config.data.sources[:-1], str(pairs)))
     with pytest.raises(config_lib.UserError, match="files was"):
         train.train(dataclasses.replace(config, data=changed), workdir=whole)
-    tokenizer = tmp_path / "tokenizer.model"
-    text = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["some words of a language"] * 9), model_writer=text, vocab_size=18, minloglevel=2
-    )
-    tokenizer.write_bytes(text.getvalue())
+    tokenizer = other_tokenizer(tmp_path)
     before = (whole / "tokenizer.model").read_bytes()
     changed = dataclasses.replace(config.data, tokenizer=str(tokenizer))
     with pytest.raises(config_lib.UserError, match="tokenizer was"):
@@ -160,11 +164,20 @@ def test_a_run_starts_from_a_model_and_keeps_its_shape_prompts_and_parameters(co
     assert read_description(tmp_path / "w").config.data.query_prompt == "query: "
     del params["head"]  # contrastive training has no use for it
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), params)
-    assert "mlm head    left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mlm head    left out" in said
+    assert "dim 48 (config: 32)" in said
+    assert "num_experts 4 (config: 8)" in said
     shutil.rmtree(tmp_path / "m")  # continuing needs it no more
     shutil.rmtree(tmp_path / "w" / "checkpoints" / "8")
-    train.train(tiny, workdir=tmp_path / "w", init_from=str(tmp_path / "m"))
+    with pytest.raises(config_lib.UserError, match=r"began with --init_from=.*m, not --init_from=.*other"):
+        train.train(tiny, workdir=tmp_path / "w", init_from=str(tmp_path / "other"))
+    train.train(tiny, workdir=tmp_path / "w")  # what it began with is written down
     assert "continuing" in capsys.readouterr().out
+    assert load(tmp_path / "w").prompts == prompts
+    shutil.rmtree(tmp_path / "w" / "checkpoints")
+    with pytest.raises(config_lib.UserError, match=r"was to begin with --init_from="):
+        train.train(tiny, workdir=tmp_path / "w")
 
 
 def test_what_is_set_explicitly_must_agree_with_the_model(config, tmp_path):
@@ -173,7 +186,18 @@ def test_what_is_set_explicitly_must_agree_with_the_model(config, tmp_path):
     settings = {"workdir": tmp_path / "w", "init_from": str(tmp_path / "m")}
     with pytest.raises(config_lib.UserError, match=r"encoder\.dim=64 disagrees with .* which has 48"):
         train.train(asked, explicit={"encoder.dim", "optim.learning_rate"}, **settings)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(other_tokenizer(tmp_path))))
+    with pytest.raises(config_lib.UserError, match=r"tokenizer=.* is not the tokenizer of"):
+        train.train(other, explicit={"data.tokenizer"}, **settings)
     assert not (tmp_path / "w").exists()
+    shorter = dataclasses.replace(config.encoder, max_seq_length=77)
+    kept, _ = train.inherit(
+        dataclasses.replace(config, encoder=shorter),
+        load(tmp_path / "m"),
+        origin="m",
+        explicit={"encoder.max_seq_length"},
+    )
+    assert kept.encoder.max_seq_length == 77  # how much is read is the run's to say
     with pytest.raises(config_lib.UserError, match="is a model folder, not a run"):
         train.train(config, workdir=tmp_path / "m")
 

@@ -1,12 +1,13 @@
 """Stage 1, masked language modelling: a pretrained encoder gets used to rotary positions and long rows.
 
     python -m moe_embed.import_hf --model=XLM_ROBERTA_BASE --position=rotary --max_seq_length=2048 --output=runs/xlmr
+        (for contrastors also --rotary_base=100000: with --init_from the model's own counts)
     python -m moe_embed.train --config=configs/nomic_v2/mlm.py:paper --init_from=runs/xlmr --workdir=runs/mlm \\
         --config.data.sources=cc100/de.jsonl.gz,cc100/en.jsonl.gz,...
 
 Presets (arXiv 2502.07972; the README lists every difference):
   paper        Table 2 as reported: 10,000 steps of 4,096 rows x 2,048 tokens, 4e-4, clipped at 1
-  contrastors  the public code's mmlm.yaml: 25,000 steps, warm-up 1,000, no clipping
+  contrastors  the public code's mmlm.yaml: 25,000 steps, warm-up 1,000, no clipping, rotary base 100,000
   ours         the paper's
   tiny         a small encoder from scratch on the text that ships here, for a laptop: minutes
 

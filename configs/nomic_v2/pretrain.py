@@ -2,7 +2,7 @@
 
     python -m moe_embed.upcycle --model=runs/mlm --output=runs/upcycled
     python -m moe_embed.train --config=configs/nomic_v2/pretrain.py:paper --init_from=runs/upcycled --workdir=runs/pretrain \\
-        --config.data.sources=pairs/reddit.jsonl.gz,pairs/mc4.jsonl.gz,...
+        --config.data.sources=pairs/reddit.jsonl.gz,pairs/mc4.jsonl.gz,... --config.encoder.max_seq_length=512
 
 Presets (arXiv 2502.07972; the README lists every difference):
   paper        section 4.3 as reported: one epoch of 1.6 billion pairs, 16,384 a step, 8e-5, cosine, t = 0.02, one direction

@@ -142,6 +142,9 @@ class Batches:
         self.sources, self.tokenizer, self.c, self.num_shards = sources, tokenizer, config.data, num_shards
         check_vocabulary(tokenizer, config)
         self.distill = config.loss.distill
+        if self.distill == "scores" and not any(pair.scores for source in sources for pair in source.pairs):
+            paths = ", ".join(source.path for source in sources)
+            raise config_lib.UserError(f'config.loss.distill="scores" finds no "scores" in {paths}; mine writes them.')
         langs = [[pair.lang for pair in source.pairs] for source in sources]
         self.groups = mixture_lib.make_groups(langs, by_language=self.c.by_language, batch_size=self.c.batch_size)
         self.mixture = mixture_lib.Mixture(

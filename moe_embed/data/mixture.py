@@ -23,7 +23,8 @@ class Group:
 def make_groups(langs: Sequence[Sequence[str]], *, by_language: bool, batch_size: int) -> list[Group]:
     """The groups of sources whose items have these languages: a source each, or a language of a source each.
 
-    Languages that cannot fill one batch share a group: nothing is dropped, and no batch is a few pairs over and over.
+    Languages that cannot fill one batch share a group, if need be with the smallest that can: nothing is dropped, and no
+    batch is a few pairs over and over (unless the whole source is).
     """
     groups = []
     for source, of_items in enumerate(langs):
@@ -32,8 +33,12 @@ def make_groups(langs: Sequence[Sequence[str]], *, by_language: bool, batch_size
             continue
         names, which = np.unique(np.asarray(of_items, dtype=str), return_inverse=True)
         counts = np.bincount(which, minlength=len(names))
-        large = [i for i in range(len(names)) if counts[i] >= batch_size]
         small = [i for i in range(len(names)) if counts[i] < batch_size]
+        large = [i for i in range(len(names)) if counts[i] >= batch_size]
+        if small and large and counts[small].sum() < batch_size:
+            smallest = min(large, key=lambda i: counts[i])
+            large.remove(smallest)
+            small = sorted([*small, smallest])
         groups += [Group(source, str(names[i]), np.flatnonzero(which == i)) for i in large]
         if small:
             together = "+".join(str(names[i]) for i in small)
@@ -44,10 +49,16 @@ def make_groups(langs: Sequence[Sequence[str]], *, by_language: bool, batch_size
 def shares(groups: Sequence[Group], *, weights: Sequence[float], smoothing: float) -> np.ndarray:
     """How often each group is drawn, sums to 1: in proportion to size ** smoothing (arXiv 1911.02116, section 3.1).
 
+    The size is that of a language over all sources, however it is spread over files; its groups divide it by their own.
     `weights`, one a source, fix what the groups of a source have together; () leaves that to the sizes too.
     """
-    share = np.array([float(len(group.members)) ** smoothing for group in groups])
-    if weights:
+    size = np.array([float(len(group.members)) for group in groups])
+    if not weights:
+        key = [group.lang or group.source for group in groups]  # no language: a whole source
+        total = np.array([sum(s for s, other in zip(size, key, strict=True) if other == own) for own in key])
+        share = total**smoothing * size / total
+    else:
+        share = size**smoothing
         source = np.array([group.source for group in groups])
         share *= np.asarray(weights, np.float64)[source] / np.bincount(source, weights=share)[source]
     return share / share.sum()

@@ -2,7 +2,7 @@
 
 Every text of a group is tokenised, cut into pieces that fit a row, and packed beforehand, as Nomic packs CC100 (arXiv
 2502.07972). The item of a step is a packed row; which rows, and which of their pieces are masked, depends on (seed, step)
-alone.
+alone. Where a batch is of one language, so is a row.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ class MlmBatches:
         batches.check_vocabulary(tokenizer, config)
         self.sizes = (self.c.batch_size // rows,)
         self.num_masked = int(np.ceil(self.fraction * self.c.row_length))
-        # Languages are put together when they have fewer texts than a batch has rows: a bound on how few rows they fill.
-        langs = [source.langs for source in sources]
+        packed = [self._pack_source(source) for source in sources]
+        langs = [of_rows for _, _, of_rows in packed]
         self.groups = mixture.make_groups(langs, by_language=self.c.by_language, batch_size=self.c.batch_size)
-        packed = [self._pack([sources[group.source].texts[i] for i in group.members]) for group in self.groups]
-        self.tokens, self.segments = zip(*packed, strict=True)  # a pair of int32 [rows, L] for each group
-        counts_V = np.bincount(np.concatenate([t[s > 0] for t, s in packed]), minlength=config.encoder.vocab_size)
+        self.tokens = [packed[group.source][0][group.members] for group in self.groups]  # int32 [rows, L] each
+        self.segments = [packed[group.source][1][group.members] for group in self.groups]
+        counts_V = np.bincount(np.concatenate([t[s > 0] for t, s, _ in packed]), minlength=config.encoder.vocab_size)
         counts_V[tokenizer.special_ids] = 0
         self.log_frequency_V = np.log((counts_V + 1) / (counts_V + 1).sum()).astype(np.float32)  # one more: none is 0
         self.unigram_entropy = _entropy(counts_V)
@@ -81,6 +81,16 @@ class MlmBatches:
         counts = {"useful": float((segments_BL > 0).mean()), "unigram_entropy": self.unigram_entropy}
         return batches.Batch(named, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
 
+    def _pack_source(self, source: Texts) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Tokens and segments [rows, L] of a source, and each row's language: one row, one language, where that counts."""
+        langs = np.asarray(source.langs if self.c.by_language else [""] * len(source), dtype=str)
+        names = np.unique(langs)
+        parts = [self._pack([source.texts[i] for i in np.flatnonzero(langs == name)]) for name in names]
+        tokens, segments = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if not len(tokens):
+            raise config_lib.UserError(f"{source.path} has no text with a piece in it.")
+        return tokens, segments, [name for name, (rows, _) in zip(names, parts, strict=True) for _ in rows]
+
     def _pack(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts -> tokens and segments [rows, L]; a text longer than a row becomes several, each with its own ends."""
         length = self.c.row_length
@@ -99,6 +109,7 @@ class MlmBatches:
         80 % of those become <mask>, 10 % another piece, 10 % stay. The count is exact in each row, so its shape is fixed."""
         maskable_BL = (segments_BL > 0) & ~np.isin(tokens_BL, self.tokenizer.special_ids)
         count_B = np.round(self.fraction * maskable_BL.sum(1)).astype(int)
+        count_B = np.maximum(count_B, maskable_BL.any(1))  # one at least: a step with none would have no loss
         order_BL = np.argsort(np.where(maskable_BL, rng.random(tokens_BL.shape), 2.0), axis=1)
         place_BZ = order_BL[:, : self.num_masked].astype(np.int32)
         chosen_BZ = np.arange(self.num_masked) < count_B[:, None]

@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 import transformers
 
-from moe_embed import config, export, hf_folder, sharding
+from moe_embed import config, export, hf_folder, sharding, upcycle
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, load
 from moe_embed.model import encoder as encoder_lib
@@ -282,6 +282,16 @@ def test_export_measures_torch_itself(model, moe, tmp_path):
     assert report == json.loads((tmp_path / "out" / "parity.json").read_text())
     assert report["compared"] + report["near_ties"] == 2 * report["texts"]
     assert load(tmp_path / "out").moe.num_experts == moe.num_experts
+
+
+def test_an_upcycled_model_exports_before_any_training(model, tmp_path):
+    """Its routers are nearly flat, its logits small: no near ties for that."""
+    dense = dataclasses.replace(model, moe=config.Moe(num_experts=0), params=None)
+    dense = dataclasses.replace(dense, params=encoder_lib.init(dense.encoder, dense.moe, key=jax.random.key(2)))
+    upcycled = upcycle.upcycle(dense, config.Moe(num_experts=4, top_k=2, every=2))
+    report = export.export(upcycled, tmp_path / "out")
+    assert report["torch"] <= TOLERANCE
+    assert report["near_ties"] <= report["texts"] / 4
 
 
 def test_a_model_with_word_pieces_exports(model, tmp_path):
