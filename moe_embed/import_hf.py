@@ -27,7 +27,7 @@ from moe_embed import hf_folder, retrieval, sharding, verb
 from moe_embed.config import UserError
 from moe_embed.data import sources, vocabulary
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import Model, check_model_output, save
+from moe_embed.load import Model, check_model_output, of_folder, save
 
 ROTARY_BASE = 10_000.0
 TASK = pathlib.Path(__file__).parent / "sample/dev/xling-libreoffice-help-de-en"  # German queries, English documents
@@ -87,10 +87,8 @@ def read(path: str, *, prompts: dict[str, str]) -> tuple[Model, hf_folder.Folder
     UserError: no such folder, what hf_folder.read_folder refuses, or a prompt that disagrees.
     """
     folder = hf_folder.read_folder(path)
-    mesh = sharding.make_mesh(config_lib.Mesh())
-    params = jax.device_put(folder.params, sharding.shardings(folder.params, column="parameter", mesh=mesh))
-    prompts = merge_prompts(folder.prompts, prompts, origin=path)
-    return Model(folder.encoder, folder.moe, params, folder.tokenizer, prompts, mesh, str(path)), folder
+    model = of_folder(folder, mesh=sharding.make_mesh(config_lib.Mesh()), origin=str(path))
+    return dataclasses.replace(model, prompts=merge_prompts(folder.prompts, prompts, origin=path)), folder
 
 
 def merge_prompts(found: dict[str, str], given: dict[str, str], *, origin: str) -> dict[str, str]:

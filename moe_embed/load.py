@@ -136,12 +136,16 @@ def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None) -> 
     if (root / DESCRIPTION).is_file():
         return _load_workdir(root, mesh)
     if (root / "config.json").is_file():
-        found = hf_folder.read_folder(root)
-        params = jax.device_put(found.params, sharding.shardings(found.params, column="parameter", mesh=mesh))
-        return Model(found.encoder, found.moe, params, found.tokenizer, found.prompts, mesh, str(root))
+        return of_folder(hf_folder.read_folder(root), mesh=mesh, origin=str(root))
     raise UserError(
         f"{root} holds no model: neither a workdir ({DESCRIPTION}) nor a Hugging Face folder (config.json)."
     )
+
+
+def of_folder(folder: hf_folder.Folder, *, mesh: jax.sharding.Mesh, origin: str) -> Model:
+    """What was read from a Hugging Face folder, on `mesh`."""
+    params = jax.device_put(folder.params, sharding.shardings(folder.params, column="parameter", mesh=mesh))
+    return Model(folder.encoder, folder.moe, params, folder.tokenizer, folder.prompts, mesh, origin)
 
 
 @dataclasses.dataclass(frozen=True)
