@@ -89,6 +89,7 @@ class Loss:
     """What is minimised: InfoNCE over the documents of the global batch, or masked language modelling; and the balance loss."""
 
     objective: str = "contrastive"  # or "mlm"
+    form: str = "gathered"  # or "ring": the same in tiles, for batches whose N x C scores are too many to hold
     temperature: float = 0.02
     bidirectional: bool = False  # also document -> query, averaged (the paper: query -> document only)
     mask_duplicates: bool = True  # a copy of the positive document, or a positive of the same query, is no negative
@@ -161,6 +162,7 @@ CHOICES = {
     "encoder.dtype": ("float32", "bfloat16"),
     "encoder.position": ("rotary", "learned"),
     "loss.objective": ("contrastive", "mlm"),
+    "loss.form": ("gathered", "ring"),
     "loss.distill": ("", "scores", "embeddings"),
     "optim.schedule": ("cosine", "linear", "inverse_sqrt", "constant"),
 }
@@ -337,6 +339,8 @@ def _contradictions(c: Config) -> list[str]:
          f"config.loss.dim_weights={c.loss.dim_weights} must be one positive number for each of dims={c.loss.dims}."),
         (c.loss.distill != "scores" or c.data.num_negatives > 0,
          'config.loss.distill="scores" compares a pair\'s documents; it needs config.data.num_negatives of 1 or more.'),
+        (c.loss.form != "ring" or not c.loss.distill,
+         f'config.loss.form="ring" has no distillation ({c.loss.distill}); config.loss.form="gathered" has.'),
         (bool(c.data.teacher) == (c.loss.distill == "embeddings"),
          'config.data.teacher names the vectors of config.loss.distill="embeddings"; set both or neither.'),
         (0 < c.loss.mask_fraction < 1, f"config.loss.mask_fraction={c.loss.mask_fraction} must be between 0 and 1."),

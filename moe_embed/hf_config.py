@@ -161,8 +161,9 @@ def _read_nomic(theirs: Mapping, kind: str) -> tuple[Encoder, Moe]:
         length = theirs[length_key] - (2 if length_key == "max_position_embeddings" else 0)
         if length < 3:
             raise UserError(f"config.json has {length_key} = {theirs[length_key]}: no room for a text.")
-        rope = theirs["rope_parameters"] if theirs.get("rope_parameters") else {"rope_theta": theirs["rotary_emb_base"]}
-        if rope.get("rope_type", "default") != "default" or rope.get("rope_theta") != theirs["rotary_emb_base"]:
+        ours = {"rope_type": "default", "rope_theta": theirs["rotary_emb_base"]}
+        rope = ours | (theirs.get("rope_parameters") or {})
+        if (rope["rope_type"], rope["rope_theta"]) != ("default", theirs["rotary_emb_base"]):
             raise UserError(
                 f"config.json has rope_parameters = {rope}; only rope_type 'default' with rotary_emb_base "
                 f"({theirs['rotary_emb_base']}) as its rope_theta is computed here."

@@ -59,7 +59,7 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
         same_NC = document_id_C == ids.document_N[::per_query, None]
         also_NC = (query_id_C == ids.query_N[:, None]) & (jnp.arange(document_id_C.shape[0]) % per_query == 0)
         never_NC |= (same_NC | also_NC) & ~is_positive_NC
-    weights = _weights(c, query_ND.shape[1])
+    weights = prefix_weights(c, query_ND.shape[1])
     dims = tuple(weights)
     cosines = dict(_prefix_cosines(query_ND, document_CD, dims))
     whole_NC = cosines[max(dims)]
@@ -78,11 +78,9 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
 
     sums = {"accuracy": (score[max(dims)].argmax(1) == label_N).astype(jnp.float32).sum()}
     sums["masked_candidates"] = (never_NC & (document_id_C >= 0)).astype(jnp.float32).sum()
-    sums |= {f"contrastive_loss_{dim}": loss_N.sum() for dim, loss_N in loss.items()} if len(dims) > 1 else {}
-    sums["contrastive_loss"] = sum(weights[dim] * loss_N.sum() for dim, loss_N in loss.items())
     if teacher.score_N is not None:
         own_NS = (document_ND.reshape(num_queries, per_query, -1) * query_ND[:, None]).sum(-1)
-        own_NS *= _inverse_norm(query_ND)[:, None] * _inverse_norm(document_ND).reshape(num_queries, per_query)
+        own_NS *= inverse_norm(query_ND)[:, None] * inverse_norm(document_ND).reshape(num_queries, per_query)
         score_NS = teacher.score_N.reshape(num_queries, per_query)
         unknown_NS = jnp.isnan(score_NS)
         sums["distill_loss"] = _divergence(jnp.where(unknown_NS, 0, score_NS), own_NS, unknown_NS, c).sum()
@@ -90,14 +88,24 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
         ((_, theirs_NC),) = _prefix_cosines(teacher.query_ND, teacher_CD[0], (teacher.query_ND.shape[1],))
         positive_NC = whole_NC[:, ::per_query]
         sums["distill_loss"] = _divergence(theirs_NC, positive_NC, never_NC[:, ::per_query], c).sum()
-    names, count = list(sums), document_CD.shape[0] // per_query
+    return global_means(sums, loss, weights, distill_weight=c.distill_weight)
+
+
+def global_means(
+    sums: dict[str, jax.Array], loss: dict[int, jax.Array], weights: dict[int, float], *, distill_weight=1.0
+):
+    """This device's sums and each prefix's loss [N] -> the global loss [] and metrics []: one collective."""
+    sums = sums | ({f"contrastive_loss_{dim}": loss_N.sum() for dim, loss_N in loss.items()} if len(loss) > 1 else {})
+    sums["contrastive_loss"] = sum(weights[dim] * loss_N.sum() for dim, loss_N in loss.items())
+    count = next(iter(loss.values())).shape[0] * sharding.size("N")
+    names = list(sums)
     means = sharding.reduce(jnp.stack([sums[name] for name in names]), "N") / count
     metrics = dict(zip(names, means, strict=True))
     total = metrics["contrastive_loss"]
-    return total + c.distill_weight * metrics["distill_loss"] if "distill_loss" in metrics else total, metrics
+    return total + distill_weight * metrics["distill_loss"] if "distill_loss" in metrics else total, metrics
 
 
-def _weights(c: config_lib.Loss, dim: int) -> dict[int, float]:
+def prefix_weights(c: config_lib.Loss, dim: int) -> dict[int, float]:
     """The prefixes that are scored, the whole vector of `dim` numbers among them, and what each counts."""
     return {dim: 1.0} | dict(zip(c.dims, c.dim_weights or (1.0,) * len(c.dims), strict=True))
 
@@ -129,7 +137,7 @@ def _backward_loss(positive_ND, query_CD, document_id_C, query_id_C, c: config_l
     """For each prefix the loss [N] of finding the query of each of this device's positives among all queries."""
     num_queries = positive_ND.shape[0]
     label_N = sharding.index("N") * num_queries + jnp.arange(num_queries)
-    dims = tuple(_weights(c, positive_ND.shape[1]))
+    dims = tuple(prefix_weights(c, positive_ND.shape[1]))
     cosines = dict(_prefix_cosines(positive_ND, query_CD, dims))
     whole_NC = cosines[max(dims)]
     never_NC = whole_NC > _at(whole_NC, label_N)[:, None] + c.false_negative_margin
@@ -148,12 +156,13 @@ def _prefix_cosines(a_ND: jax.Array, b_CD: jax.Array, dims: tuple[int, ...]) -> 
     for dim in sorted(dims):
         a, b = a_ND[:, start:dim], b_CD[:, start:dim]
         product_NC += jnp.einsum("ND,CD->NC", a, b, precision=jax.lax.Precision.HIGHEST)
-        yield dim, product_NC * _inverse_norm(a_ND[:, :dim])[:, None] * _inverse_norm(b_CD[:, :dim])
+        yield dim, product_NC * inverse_norm(a_ND[:, :dim])[:, None] * inverse_norm(b_CD[:, :dim])
         start = dim
 
 
-def _inverse_norm(x_ND: jax.Array) -> jax.Array:
-    return jax.lax.rsqrt(jnp.maximum((x_ND * x_ND).sum(-1), 1e-24))  # a zero vector has cosine 0 with all
+def inverse_norm(x_ND: jax.Array) -> jax.Array:
+    """1 / norm of each row; a zero vector has cosine 0 with all."""
+    return jax.lax.rsqrt(jnp.maximum((x_ND * x_ND).sum(-1), 1e-24))
 
 
 def _at(score_NC: jax.Array, label_N: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from moe_embed import sharding
 from moe_embed.infonce import Ids, Teacher, infonce
 from moe_embed.model import encoder, layers, mlm_head
 from moe_embed.model.moe import RouterSums
+from moe_embed.ring_infonce import ring_infonce
 
 ROWS = ("tokens_MBL", "segments_MBL", "positions_MBL")
 
@@ -65,7 +66,7 @@ def contrastive(params: dict, batch: dict, *, config: config_lib.Config):
                                num_segments=config.data.texts_per_row, recompute=config.run.recompute)  # fmt: skip
     pooled_ND = pooled_MBSD.reshape(-1, pooled_MBSD.shape[-1])
     teacher = {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")}
-    loss, metrics = infonce(
+    loss, metrics = (ring_infonce if config.loss.form == "ring" else infonce)(
         pooled_ND[batch["query_slot_N"]],
         pooled_ND[batch["document_slot_N"]],
         Ids(batch["document_id_N"], batch["query_id_N"]),

@@ -10,6 +10,7 @@ import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -188,6 +189,31 @@ def reduce(tree, letter: str):
     """Sum over the devices that split `letter`."""
     axes = _axes(letter)
     return jax.lax.psum(tree, axes) if axes else tree
+
+
+def size(letter: str) -> int:
+    """Over how many devices `letter` is split."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in _axes(letter))
+
+
+def pass_on(tree, letter: str):
+    """Every device's arrays to the next one of those that split `letter`, the last one's to the first.
+
+    In one collective, as bits: several would be independent of each other, and XLA's CPU client may start independent
+    collectives in another order on each device.
+    """
+    axes = _split(letter)
+    if not axes:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    bits = [jax.lax.bitcast_convert_type(leaf, jnp.int32).reshape(-1) for leaf in leaves]
+    count = size(letter)
+    sent = jax.lax.ppermute(jnp.concatenate(bits), axes, [(i, (i + 1) % count) for i in range(count)])
+    parts = jnp.split(sent, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    received = [jax.lax.bitcast_convert_type(part.reshape(leaf.shape), leaf.dtype)
+                for part, leaf in zip(parts, leaves, strict=True)]  # fmt: skip
+    return jax.tree.unflatten(structure, received)
 
 
 def index(letter: str):

@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "run.recompute",
     "data.dev",
     "data.rows",
+    "loss.form",
 )
 
 

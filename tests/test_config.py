@@ -188,6 +188,7 @@ CONTRADICTIONS = [
     ({"loss__distill": "scores"}, "it needs config.data.num_negatives of 1 or more"),
     ({"loss__distill": "embeddings"}, "set both or neither"),
     ({"data__teacher": "big"}, "set both or neither"),
+    ({"loss__form": "ring", "loss__distill": "scores", "data__num_negatives": 1}, "has no distillation (scores)"),
     ({"loss__distill": "scores", "data__num_negatives": 1, "data__teacher": "big"}, "set both or neither"),
     ({"loss__distill_temperature": 0.0}, "config.loss.distill_temperature=0.0"),
     ({"loss__distill_weight": -1.0}, "config.loss.distill_weight"),

@@ -20,7 +20,7 @@ LAYERS = (
     {"data", "data.sources", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
     {"model", "model.layers", "model.grouped_matmul", "model.moe", "model.mlm_head", "model.encoder"},
-    {"infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "hf_config", "hf_folder",
+    {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load"},
     {""},  # moe_embed/__init__.py: the public names
     {"train", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "soup", "upcycle", "doctor"},  # the verbs

@@ -58,6 +58,10 @@ CASES = {
                  "distill_temperature": 0.5},
         "run": {"recompute": True},
     },
+    "ring": {
+        "data": {"num_negatives": 1},
+        "loss": {"form": "ring", "dims": (8,), "false_negative_margin": 0.025, "bidirectional": True},
+    },
     "masked language modelling": {
         "encoder": {"position": "learned", "num_positions": 34, "position_offset": 2},
         "loss": {"objective": "mlm"},
@@ -123,7 +127,8 @@ def test_nothing_of_the_batch_is_near_a_tie(reference, monkeypatch):
         return infonce.infonce(query_ND, document_ND, ids, **terms)
 
     monkeypatch.setattr(moe_lib, "route", noting)
-    monkeypatch.setattr(objectives, "infonce", noting_texts)
+    for form in ("infonce", "ring_infonce"):
+        monkeypatch.setattr(objectives, form, noting_texts)
     batch = {name: jnp.array(array) for name, array in batches_of(c).batch_at(0).arrays.items()}
     objective = objectives.mlm if c.loss.objective == "mlm" else objectives.contrastive
     jax.block_until_ready(tiny.compiled(jax.jit(lambda p: objective(p, batch, config=c)), params)(params))
@@ -137,6 +142,17 @@ def test_nothing_of_the_batch_is_near_a_tie(reference, monkeypatch):
         for a, b in ((query_ND, document_ND), (positive_ND, query_ND)):
             own_N = (query_ND * positive_ND).sum(1)
             assert np.abs(a @ b.T - own_N[:, None] - c.loss.false_negative_margin).min() > 1e-5
+
+
+def test_the_ring_is_the_gathered_loss(eight_devices):
+    c = tiny.config(**CASES["ring"])
+    gathered = dataclasses.replace(c, loss=dataclasses.replace(c.loss, form="gathered"))
+    params, loss, metrics, gradients = run(gathered)
+    _, got_loss, got_metrics, got = run(c, data=4, expert=2, params=params)
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    assert not differences(got, gradients)[0]
+    assert set(got_metrics) == set(metrics)
+    assert float(got_metrics["masked_candidates"]) == float(metrics["masked_candidates"]) > 2
 
 
 def test_other_weights_are_noticed(reference):
