@@ -8,7 +8,8 @@ Variants, each the same steps on the same pairs:
   dense_wide   no experts, MLPs 1.5 times as wide: the FLOPs and the active parameters of top2
   top1, top2   8 experts in the second of two layers, 1 or 2 of them a token
   every        8 experts in both layers, top-2
-  upcycled     top2 from a dense encoder after MLM (launch/ablations.sh makes it); dense_mlm is that encoder going on dense
+  upcycled     top2 from a dense encoder after MLM (launch/ablations.sh makes it, one for all seeds: the spread is that of the
+               contrastive stage alone); dense_mlm is that encoder going on dense
   paper        top2 with the paper's loss: one direction, copies count as negatives, balance 0.125 (see pretrain.py)
   ours         is top2: both directions, copies masked, balance 0.01
 
