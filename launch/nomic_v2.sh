@@ -46,7 +46,7 @@ improved $run/pretrain
 stage "4 consistency filtering, with one document in ten swapped for another's beforehand"
 python - $sample/pairs/crosslingual.jsonl.gz $run/noisy.jsonl <<'PY'
 import gzip, json, random, sys
-rows = [json.loads(line) for line in gzip.open(sys.argv[1], "rt", encoding="utf-8")][:8000]
+rows = [json.loads(line) for line in gzip.open(sys.argv[1], "rt", encoding="utf-8")]
 rng = random.Random(0)
 wrong = rng.sample(range(len(rows)), len(rows) // 10)
 documents = [rows[i]["document"] for i in wrong]
