@@ -95,9 +95,7 @@ class Loss:
     mask_duplicates: bool = True  # a copy of the positive document, or a positive of the same query, is no negative
     false_negative_margin: float = 2.0  # nor is a document that scores above positive + margin; cosines differ by <= 2
     dims: tuple[int, ...] = ()  # Matryoshka (arXiv 2205.13147): the loss on these prefixes too, beside the whole vector
-    dim_weights: tuple[
-        float, ...
-    ] = ()  # one for each of dims; () is 1 each, as is the whole vector's if not among them
+    dim_weights: tuple[float, ...] = ()  # one for each of dims; () is 1 each; the whole vector has 1 unless named
     distill: str = ""  # teacher's view to match: "scores" of a pair's own documents, or "embeddings" of the batch
     distill_weight: float = 1.0
     distill_temperature: float = 0.02  # of the teacher's scores

@@ -170,7 +170,7 @@ def _parity(model: Model, folder: pathlib.Path) -> dict:
     if _torch_is_here():
         report |= _torch_parity(folder, passes)
         left_out = report["other_tokens"] + report["near_ties"]
-        if left_out > report["compared"]:
+        if left_out > len(texts) / 2:  # a quarter of both passes
             raise UserError(f"torch could be compared on few texts: {json.dumps(report)}; the export was not kept.")
     for name in ("moe_embed", "torch"):
         if report[name] != "not run" and not report[name] <= TOLERANCE:  # also catches NaN

@@ -41,10 +41,11 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
       query_ND: float32, this device's N queries, of any norm.
       document_ND: float32, this device's N * (1 + h) documents; query i's positive is row i * (1 + h), its hard
         negatives follow.
-      c: which terms. The whole vector is always scored. With `bidirectional` the loss of finding each positive's query among all queries is averaged in
-        (arXiv 2103.00020); with `dims` the sum runs over prefixes, weighted (arXiv 2205.13147); with `distill` the
-        divergence from the teacher is added. No candidate for a query are: copies of its positive and positives of the
-        same query (`mask_duplicates`), and what scores above its positive by more than `false_negative_margin`.
+      c: which terms. The whole vector is always scored. With `bidirectional` the loss of finding each positive's query
+        among all queries is averaged in (arXiv 2103.00020); with `dims` the sum runs over prefixes, weighted (arXiv
+        2205.13147); with `distill` the divergence from the teacher is added. No candidate for a query are: copies of
+        its positive and positives of the same query (`mask_duplicates`), and what scores above its positive by more
+        than `false_negative_margin`.
 
     Returns:
       loss [], and metrics [] (accuracy: how often the positive scores highest, by the whole vector); all global, the

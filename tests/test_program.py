@@ -225,7 +225,7 @@ def test_steps_lower_the_loss_and_count():
 
 
 def test_a_whole_step_with_clipping_is_the_same_for_every_cut_into_micro_batches():
-    """The public code clips what one micro-batch has added (paper.md 6.7, accumulation); here the step's gradient is clipped."""
+    """The public code clips on another micro-step than it updates on (CONTRIBUTING.md); here the step's gradient is clipped."""
     stepped = []
     for rows, clip_norm in ((16, 0.01), (1, 0.01), (1, 1e9)):
         c = tiny.config(data={"rows": rows}, optim={"clip_norm": clip_norm, "warmup_steps": 0})

@@ -54,8 +54,9 @@ def shares(groups: Sequence[Group], *, weights: Sequence[float], smoothing: floa
     """
     size = np.array([float(len(group.members)) for group in groups])
     if not weights:
-        key = [group.lang or group.source for group in groups]  # no language: a whole source
-        total = np.array([sum(s for s, other in zip(size, key, strict=True) if other == own) for own in key])
+        key = [group.lang or f"source {group.source}" for group in groups]  # no language: a whole source
+        _, which = np.unique(key, return_inverse=True)
+        total = np.bincount(which, weights=size)[which]
         share = total**smoothing * size / total
     else:
         share = size**smoothing

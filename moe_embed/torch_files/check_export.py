@@ -4,8 +4,8 @@
 
 EXPECTED is a list of passes {"task", "batch", "texts", "ids", "vectors"}. A text is left out of the comparison, and
 counted, where tokenizer.json cuts it otherwise than SentencePiece does (they break ties between equal scores each in
-their own way), or where a router's k-th and next logit lie within 1e-5 of the spread of its logits: top-k is
-discontinuous there, and rounding decides. (Of the spread: a router fresh from upcycling has small logits, and exact ones.)
+their own way), or where a router's k-th and next logit lie within 1e-5: top-k is discontinuous there, and rounding
+decides. Where a token's logits spread over less than 1, as fresh from upcycling, within 1e-5 of that spread: so does rounding.
 """
 
 import json
@@ -20,14 +20,14 @@ NEAR_TIE = 1e-5
 
 
 def smallest_router_gaps(model) -> list[float]:
-    """A list that every router call appends to: its smallest distance of k-th and next logit, as a share of the spread."""
+    """A list that every router call appends to: its smallest distance of k-th and next logit."""
     gaps = []
 
     def note(module, inputs):
         logits = torch.nn.functional.linear(inputs[0].float(), module.layer.weight.float()).sort(descending=True)[0]
         if module.top_k < logits.shape[1]:
             gap = logits[:, module.top_k - 1] - logits[:, module.top_k]
-            spread = (logits[:, 0] - logits[:, -1]).clamp_min(torch.finfo(torch.float32).tiny)
+            spread = (logits[:, 0] - logits[:, -1]).clamp(torch.finfo(torch.float32).tiny, 1)
             gaps.append((gap / spread).min().item())
 
     for module in model.modules():
