@@ -10,7 +10,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax import shard_map
 
 from moe_embed import config as config_lib
 from moe_embed import objectives, optim, sharding
@@ -63,20 +62,14 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     param_specs = sharding.specs(abstract["params"], column="parameter")
 
-    def local_loss_and_gradients(params: dict, batch: dict):
+    def loss_and_gradients(params: dict, batch: dict):
         def loss(params):
             params = optim.freeze(params) if config.optim.freeze_embedding else params
-            return objective(sharding.vary_parameters(params), batch, config=config)
+            local = functools.partial(objective, config=config)
+            specs = param_specs, sharding.specs(batch, column="activation")
+            return sharding.on_each_device(local, mesh=mesh, in_specs=specs, out_specs=sharding.EVERYWHERE)(params, batch)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
-
-    def loss_and_gradients(params: dict, batch: dict):
-        return shard_map(
-            local_loss_and_gradients,
-            mesh=mesh,
-            in_specs=(param_specs, sharding.specs(batch, column="activation")),
-            out_specs=((sharding.EVERYWHERE, sharding.EVERYWHERE), param_specs),
-        )(params, batch)
 
     def step(state: dict, batch: dict):
         (loss, metrics), gradients = loss_and_gradients(state["params"], batch)
@@ -109,7 +102,6 @@ def build_embed(c: config_lib.Encoder, moe: config_lib.Moe, mesh: jax.sharding.M
     """
 
     def local(params: dict, rows: dict):
-        params = sharding.vary_parameters(params)
         pooled_MBSD, sums, _ = objectives.encode(params, rows, c=c, moe=moe, num_segments=num_segments, recompute=False)
         return pooled_MBSD, sharding.reduce(sums, "B") if sums is not None else None
 
@@ -117,6 +109,6 @@ def build_embed(c: config_lib.Encoder, moe: config_lib.Moe, mesh: jax.sharding.M
     def embed(params: dict, rows: dict):
         specs = sharding.specs(params, column="parameter"), sharding.specs(rows, column="activation")
         out_specs = sharding.spec("pooled_MBSD", column="activation"), sharding.EVERYWHERE
-        return shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(params, rows)
+        return sharding.on_each_device(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(params, rows)
 
     return embed

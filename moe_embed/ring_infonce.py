@@ -181,7 +181,7 @@ def _log_sums(form: Form, query_ND, scale_NP, document_ND, scale_CP, known):
     fresh = lambda *shape: Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape))  # noqa: E731
     sums = {"forth": fresh(num_r, len(form.dims), r), "best": jnp.full((num_r, r), -jnp.inf),
             "place": jnp.zeros((num_r, r), jnp.int32), "masked": jnp.zeros((num_r, r))}  # fmt: skip
-    sums, back = jax.tree.map(sharding.vary, (sums, fresh(num_k, len(form.dims), c // form.per_query)))
+    back = fresh(num_k, len(form.dims), c // form.per_query)
 
     def fold(row, col):
         (row, sums), (col, back) = row, col

@@ -159,6 +159,17 @@ def _last_name(path) -> str:
     return names[-1]
 
 
+def on_each_device(f, *, mesh, in_specs, out_specs):
+    """shard_map over both axes: `f` sees this device's parts, and talks through the collectives below.
+
+    Take gradients outside of it. Those of an argument that is whole everywhere are then partial sums inside, and summed over
+    devices once, at its door: after every loop, not in it. That, and the results that are said to be the same everywhere, is
+    what `check_vma` would track by types; it is off because the kernels that come with jax (megablox, splash, flash attention)
+    do not carry such types, and the tests compare meshes instead.
+    """
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 # Inside shard_map arrays are local, and collectives are asked for by letter. Outside of one (a notebook, one device)
 # there is nothing to talk to and each of these is the identity.
 
@@ -220,25 +231,3 @@ def index(letter: str):
     """Which part of `letter` this device holds, counted from 0."""
     axes = _axes(letter)
     return jax.lax.axis_index(axes) if axes else 0
-
-
-def vary(x: jax.Array) -> jax.Array:
-    """Mark a fresh constant as differing between devices, as a loop's initial value must when its body's results do."""
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-
-def vary_parameters(params: dict) -> dict:
-    """Mark each parameter as differing between devices, once, before any loop.
-
-    The transpose of this cast is the gradient's sum over devices: standing before the micro-batch loop, it runs once a
-    step, after it (left to shard_map's default it runs in every iteration).
-    """
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-
-    def cast(path, leaf):
-        split = {axis for letter in letters(_last_name(path)) for axis in getattr(RULES, letter).parameter}
-        missing = tuple(axis for axis in axes if axis not in split)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map_with_path(cast, params)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import shard_map
 
 from moe_embed import config as config_lib
 from moe_embed import sharding
@@ -181,14 +180,9 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(data, expert, h, eight_de
     expected, (dq, dd) = jax.value_and_grad(f, argnums=(0, 1))(q, d, ids, query_ids, theirs)
     mesh = sharding.make_mesh(config_lib.Mesh(data=data, expert=expert), devices=eight_devices[: data * expert])
     rows = sharding.spec("x_ND", column="activation"), sharding.spec("x_N", column="activation")
-    sharded = jax.jit(
-        shard_map(
-            jax.value_and_grad(f, argnums=(0, 1)),
-            mesh=mesh,
-            in_specs=(rows[0], rows[0], rows[1], rows[1], rows[0]),
-            out_specs=(sharding.EVERYWHERE, (rows[0], rows[0])),
-        )
-    )
+    in_specs = (rows[0], rows[0], rows[1], rows[1], rows[0])
+    sharded = sharding.on_each_device(f, mesh=mesh, in_specs=in_specs, out_specs=sharding.EVERYWHERE)
+    sharded = jax.jit(jax.value_and_grad(sharded, argnums=(0, 1)))
     loss, (got_dq, got_dd) = sharded(*map(jnp.array, (q, d, ids, query_ids, theirs)))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(got_dq, dq, atol=1e-6)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import shard_map
 
 from moe_embed import config as config_lib
 from moe_embed import ring_infonce as ring_lib
@@ -39,18 +38,19 @@ def example(h: int, seed: int = 0):
 def of(loss_fn, terms):
     c = config_lib.Loss(temperature=0.1, **terms)
 
-    def f(q, d, ids, query_ids):
-        return loss_fn(q, d, Ids(ids, query_ids), c=c)
+    return lambda q, d, ids, query_ids: loss_fn(q, d, Ids(ids, query_ids), c=c)
 
+
+def graded(f):
     return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
 
 
 def on_mesh(f, devices, arguments):
     mesh = sharding.make_mesh(config_lib.Mesh(**devices), devices=jax.devices()[: devices["data"] * devices["expert"]])
     rows, numbers = sharding.spec("x_ND", column="activation"), sharding.spec("x_N", column="activation")
-    out_specs = ((sharding.EVERYWHERE, sharding.EVERYWHERE), (rows, rows))
-    f = shard_map(f, mesh=mesh, in_specs=(rows, rows, numbers, numbers), out_specs=out_specs)
-    return jax.jit(f)(*map(jnp.array, arguments))
+    in_specs = (rows, rows, numbers, numbers)
+    f = sharding.on_each_device(f, mesh=mesh, in_specs=in_specs, out_specs=sharding.EVERYWHERE)
+    return jax.jit(graded(f))(*map(jnp.array, arguments))
 
 
 def same(got, expected) -> None:
@@ -68,11 +68,11 @@ def same(got, expected) -> None:
 def test_one_device_in_tiles_is_the_gathered_loss(terms, h, monkeypatch):
     monkeypatch.setattr(ring_lib, "TILE", 12)
     example_ = example(h)
-    expected = of(infonce, terms)(*example_)
-    same(jax.jit(of(ring_infonce, terms))(*example_), expected)
+    expected = graded(of(infonce, terms))(*example_)
+    same(jax.jit(graded(of(ring_infonce, terms)))(*example_), expected)
     other = example(h, seed=1)
     with pytest.raises(AssertionError):
-        same(of(ring_infonce, terms)(*other), expected)
+        same(graded(of(ring_infonce, terms))(*other), expected)
 
 
 @pytest.mark.parametrize("devices", [(2, 1), (4, 1), (8, 1), (4, 2), (1, 8)])
@@ -80,15 +80,15 @@ def test_one_device_in_tiles_is_the_gathered_loss(terms, h, monkeypatch):
 def test_round_the_ring_it_is_the_one_device_loss(devices, terms, monkeypatch, eight_devices):
     monkeypatch.setattr(ring_lib, "TILE", 6)
     terms, devices, example_ = TERMS[terms], dict(zip(("data", "expert"), devices, strict=True)), example(2)
-    same(on_mesh(of(ring_infonce, terms), devices, example_), of(infonce, terms)(*example_))
+    same(on_mesh(of(ring_infonce, terms), devices, example_), graded(of(infonce, terms))(*example_))
 
 
 def test_a_term_left_out_is_noticed():
-    full = of(ring_infonce, TERMS["all"])(*example(2))
+    full = graded(of(ring_infonce, TERMS["all"]))(*example(2))
     for name in TERMS["all"]:
         terms = {key: value for key, value in TERMS["all"].items() if key != name and key != "dim_weights"}
         with pytest.raises(AssertionError):
-            same(of(ring_infonce, terms)(*example(2)), full)
+            same(graded(of(ring_infonce, terms))(*example(2)), full)
 
 
 def test_distillation_is_refused_by_name():

@@ -8,8 +8,6 @@ fixed shape: a row's result does not depend on its neighbours or on the number o
 import jax
 import jax.numpy as jnp
 
-from moe_embed import sharding
-
 TILE = 128  # rows; a multiple of every platform's lane count
 
 
@@ -50,7 +48,7 @@ def _each_tile(tiles, w_EDF, tile_expert, num_tiles, *, contract):
         w = jax.lax.dynamic_index_in_dim(w_EDF, tile_expert[i], keepdims=False)
         return y.at[i].set(_product(tiles[i], w, contract).astype(y.dtype))
 
-    y = sharding.vary(jnp.zeros((*tiles.shape[:2], width), tiles.dtype))
+    y = jnp.zeros((*tiles.shape[:2], width), tiles.dtype)
     return jax.lax.fori_loop(0, num_tiles, body, y)
 
 
@@ -67,7 +65,7 @@ def _backward(residuals, dy_XF):
     def body(i, dw_EDF):
         return dw_EDF.at[tile_expert[i]].add(_product(x_tiles[i], dy_tiles[i], ((0,), (0,))))
 
-    dw_EDF = jax.lax.fori_loop(0, num_tiles, body, sharding.vary(jnp.zeros(w_EDF.shape, jnp.float32)))
+    dw_EDF = jax.lax.fori_loop(0, num_tiles, body, jnp.zeros(w_EDF.shape, jnp.float32))
     return dx.reshape(x_XD.shape), dw_EDF.astype(w_EDF.dtype), None, None
 
 
