@@ -67,7 +67,9 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
             params = optim.freeze(params) if config.optim.freeze_embedding else params
             local = functools.partial(objective, config=config)
             specs = param_specs, sharding.specs(batch, column="activation")
-            return sharding.on_each_device(local, mesh=mesh, in_specs=specs, out_specs=sharding.EVERYWHERE)(params, batch)
+            return sharding.on_each_device(local, mesh=mesh, in_specs=specs, out_specs=sharding.EVERYWHERE)(
+                params, batch
+            )
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
