@@ -26,6 +26,7 @@ class Program:
     init: Callable[..., dict]  # state {"step", "params", "optimizer"}: fresh from run.seed, or (params) from those
     step: Callable[[dict, dict], tuple[dict, dict]]  # (state, batch) -> (state, metrics); the state is donated
     loss_and_gradients: Callable[[dict, dict], tuple]  # (params, batch) -> ((loss, metrics), gradients), for tests
+    assemble: Callable[[dict], dict]  # a state's params -> laid out as build_embed's function takes them
 
 
 def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | None = None) -> Program:
@@ -54,28 +55,25 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
     try:
         shardings = {
             "step": sharding.shardings(abstract["step"], column="parameter", mesh=mesh),
-            "params": sharding.shardings(abstract["params"], column="parameter", mesh=mesh),
+            "params": sharding.shardings(abstract["params"], column="optimizer", mesh=mesh),
             "optimizer": sharding.shardings(abstract["optimizer"], column="optimizer", mesh=mesh),
         }
     except ValueError as error:
         raise config_lib.UserError(str(error)) from error
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    param_specs = sharding.specs(abstract["params"], column="parameter")
+    param_specs = sharding.specs(abstract["params"], column="optimizer")
+
+    def local_loss(params: dict, batch: dict):
+        params = optim.freeze(params) if config.optim.freeze_embedding else params
+        return objective(sharding.assemble(params), batch, config=config)
 
     def loss_and_gradients(params: dict, batch: dict):
-        def loss(params):
-            params = optim.freeze(params) if config.optim.freeze_embedding else params
-            local = functools.partial(objective, config=config)
-            specs = param_specs, sharding.specs(batch, column="activation")
-            return sharding.on_each_device(local, mesh=mesh, in_specs=specs, out_specs=sharding.EVERYWHERE)(
-                params, batch
-            )
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
+        in_specs = param_specs, sharding.specs(batch, column="activation")
+        loss = sharding.on_each_device(local_loss, mesh=mesh, in_specs=in_specs, out_specs=sharding.EVERYWHERE)
+        return jax.value_and_grad(loss, has_aux=True)(params, batch)
 
     def step(state: dict, batch: dict):
         (loss, metrics), gradients = loss_and_gradients(state["params"], batch)
-        gradients = sharding.constrain(gradients, column="optimizer", mesh=mesh)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics |= {
@@ -92,6 +90,9 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         loss_and_gradients=jax.jit(loss_and_gradients),
+        assemble=jax.jit(
+            lambda params: params, out_shardings=sharding.shardings(abstract["params"], column="parameter", mesh=mesh)
+        ),
     )
 
 

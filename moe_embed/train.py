@@ -109,7 +109,7 @@ def train(
 
     started = time.perf_counter()
     with metrics.Writer(workdir, first_step=first, last_step=config.run.steps) as writer:
-        measure = lambda: evaluate(model_of(config, state, tokenizer, prompts, mesh), tasks)  # noqa: E731
+        measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
         if tasks and first == 0 and config.run.eval_every:
             writer.evaluation(0, measure())  # what the run begins with: else nobody knows what it was good for
         step_of_size = {}  # compiled, by the number of micro-batches
@@ -329,9 +329,10 @@ def write_row(writer: metrics.Writer, step: int, device_metrics: dict, batch: ba
     writer.step(step, row | batch.counts)
 
 
-def model_of(config: Config, state: dict, tokenizer, prompts: dict[str, str], mesh) -> Model:
+def model_of(prog: program.Program, state: dict, tokenizer, prompts: dict[str, str]) -> Model:
     """The model as it stands at this step."""
-    return Model(config.encoder, config.moe, state["params"], tokenizer, prompts, mesh, "training")
+    c, params = prog.config, prog.assemble(state["params"])
+    return Model(c.encoder, c.moe, params, tokenizer, prompts, prog.mesh, "training")
 
 
 def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float]:

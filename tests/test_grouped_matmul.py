@@ -78,3 +78,31 @@ def test_num_rows_holds_every_grouping():
     for _ in range(200):
         counts = rng.multinomial(rng.integers(0, 1500), rng.dirichlet(np.ones(8) * 0.3))
         assert sum(-(-c // gm.TILE) for c in counts) * gm.TILE <= gm.num_rows(counts.sum(), num_experts=8)
+
+
+@pytest.mark.parametrize("counts", [(5, 200, 130), (0, 0, 7), (128, 256, 0)])
+def test_megablox_is_the_loop_over_tiles(counts):
+    rng = np.random.default_rng(0)
+    tile_expert, num_tiles, row_expert = layout(counts)
+    tile_expert = jnp.where(jnp.arange(len(tile_expert)) < num_tiles, tile_expert, len(counts) - 1)
+    draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    real = jnp.array(row_expert >= 0)[:, None]
+    x, dy, w = draw(len(row_expert), 128) * real, draw(len(row_expert), 256) * real, draw(len(counts), 128, 256)
+    used = slice(0, int(num_tiles) * gm.TILE)
+    for rows, transposed in ((x, False), (dy, True)):
+        ours = gm.times_in_tiles(rows, w, tile_expert, num_tiles, transposed=transposed)
+        theirs = gm.times_on_tpu(rows, w, tile_expert, num_tiles, transposed=transposed, interpret=True)
+        np.testing.assert_allclose(theirs[used], ours[used], atol=1e-4)
+        other = gm.times_on_tpu(rows, w[::-1], tile_expert, num_tiles, transposed=transposed, interpret=True)
+        assert np.abs(other[used] - ours[used]).max() > 0.1
+    ours = gm.gradient_in_tiles(x, dy, w, tile_expert, num_tiles)
+    theirs = gm.gradient_on_tpu(x, dy, w, tile_expert, num_tiles, interpret=True)
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+def test_on_tpu_whole_lanes_take_megablox_and_other_dims_the_loop():
+    for width, calls in ((128, 3), (48, 0)):
+        x, w = jax.ShapeDtypeStruct((512, width), jnp.bfloat16), jax.ShapeDtypeStruct((3, width, 256), jnp.bfloat16)
+        f = lambda x, w: gm.grouped_matmul(x, w, jnp.zeros(4, jnp.int32), 4).astype(jnp.float32).sum()  # noqa: E731
+        lowered = jax.jit(jax.value_and_grad(f, argnums=(0, 1))).trace(x, w).lower(lowering_platforms=("tpu",))
+        assert lowered.as_text().count("@tpu_custom_call") == calls

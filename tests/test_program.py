@@ -29,7 +29,7 @@ def run(c, *, data=1, expert=1, params=None):
     prog = program.build(c, mesh, num_ids=tiny.FakeTokenizer.num_ids)
     params = tiny.params(c) if params is None else params
     arguments = (
-        jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh)),
+        jax.device_put(params, sharding.shardings(params, column="optimizer", mesh=mesh)),
         sharding.put_batch(batches_of(c, num_shards=mesh.size).batch_at(0).arrays, mesh=mesh),
     )
     with jax.default_matmul_precision("highest"):

@@ -87,6 +87,33 @@ def test_collectives_by_letter(mesh):
     np.testing.assert_array_equal(index, np.arange(8))
 
 
+def test_masters_are_assembled_at_the_door_and_their_gradients_leave_in_parts(mesh):
+    """Each device holds D / data of a master and all of it inside; the gradient is the sum over devices, in parts again."""
+    rng = np.random.default_rng(0)
+    masters = {
+        "w_up_EDF": rng.normal(size=(4, 8, 2)).astype(np.float32),
+        "b_up_F": rng.normal(size=2).astype(np.float32),
+    }
+    columns = [sharding.specs(masters, column=column) for column in ("optimizer", "parameter")]
+    on = lambda f, out: sharding.on_each_device(f, mesh=mesh, in_specs=columns[0], out_specs=out)  # noqa: E731
+
+    assembled = jax.jit(on(sharding.assemble, columns[1]))(masters)
+    jax.tree.map(np.testing.assert_array_equal, assembled, masters)
+
+    def local(masters):
+        whole = sharding.assemble(masters)
+        assert whole["w_up_EDF"].shape == (4 // mesh.shape["expert"], 8, 2)
+        weight = 1.0 + sharding.index("N")
+        return sharding.reduce(sum((leaf**2).sum() for leaf in whole.values()) * weight, "N")
+
+    gradients = jax.jit(jax.grad(on(local, sharding.EVERYWHERE)))(masters)
+    ranks = 1.0 + np.arange(mesh.size).reshape(mesh.shape["data"], mesh.shape["expert"])
+    of_expert = np.repeat(ranks.sum(0), 4 // mesh.shape["expert"])  # a device holds its expert part alone
+    np.testing.assert_allclose(gradients["w_up_EDF"], 2 * masters["w_up_EDF"] * of_expert[:, None, None], rtol=1e-6)
+    np.testing.assert_allclose(gradients["b_up_F"], 2 * masters["b_up_F"] * ranks.sum(), rtol=1e-6)
+    assert gradients["w_up_EDF"].addressable_shards[0].data.shape[1] == 8 // mesh.shape["data"]
+
+
 def test_outside_of_shard_map_collectives_are_the_identity():
     x = jnp.arange(3.0)
     for result in (sharding.gather(x, "N"), sharding.scatter(x, "E"), sharding.reduce(x, "B")):

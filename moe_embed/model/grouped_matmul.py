@@ -2,28 +2,37 @@
 
 Each group is padded to whole tiles of TILE rows, so a tile has one expert and every row is reduced by a product of one
 fixed shape: a row's result does not depend on its neighbours or on the number of devices. Unused tiles cost nothing.
-`jax.lax.ragged_dot` computes all experts on CPU, CUDA and under several libtpu versions; it is not used.
+The kernel is that of the platform a program is lowered for: megablox, which comes with jax, on TPU; a loop over tiles
+elsewhere. `jax.lax.ragged_dot` computes all experts on CPU, CUDA and under several libtpu versions; it is not used.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 TILE = 128  # rows; a multiple of every platform's lane count
+LANES = 128  # megablox wants dims of whole lanes
+TPU_ROWS = 256  # rows that megablox takes at once; it visits those that two experts share twice
+TPU_BLOCK = 5 << 19  # bytes of an expert's matrix that stand in VMEM at once, of which there are two
 
 
 def num_rows(num_choices: int, *, num_experts: int) -> int:
-    """Rows X that hold `num_choices` rows in any grouping into `num_experts` whole-tile groups."""
-    return (num_choices // TILE + num_experts) * TILE
+    """Rows X that hold `num_choices` rows in any grouping into `num_experts` whole-tile groups; a multiple of TPU_ROWS."""
+    rows = (num_choices // TILE + num_experts) * TILE
+    return -(-rows // TPU_ROWS) * TPU_ROWS
 
 
 @jax.custom_vjp
 def grouped_matmul(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, num_tiles: jax.Array) -> jax.Array:
-    """y[i] = x[i] @ w[tile_expert[i // TILE]] for the first `num_tiles` tiles, zero after them.
+    """y[i] = x[i] @ w[tile_expert[i // TILE]] for the first `num_tiles` tiles; rows after them may hold anything.
 
     Args:
       x_XD: rows, X a multiple of TILE.
       w_EDF: a matrix for each expert, in the dtype of x.
-      tile_expert: int32 [X / TILE], the expert of each tile.
+      tile_expert: int32 [X / TILE], the expert of each tile, ascending.
       num_tiles: int32 [], how many tiles are in use.
 
     Returns:
@@ -32,41 +41,90 @@ def grouped_matmul(x_XD: jax.Array, w_EDF: jax.Array, tile_expert: jax.Array, nu
     return _forward(x_XD, w_EDF, tile_expert, num_tiles)[0]
 
 
+def _forward(x_XD, w_EDF, tile_expert, num_tiles):
+    return _times(x_XD, w_EDF, tile_expert, num_tiles, transposed=False), (x_XD, w_EDF, tile_expert, num_tiles)
+
+
+def _backward(residuals, dy_XF):
+    x_XD, w_EDF, tile_expert, num_tiles = residuals
+    dx_XD = _times(dy_XF, w_EDF, tile_expert, num_tiles, transposed=True)
+    fits = not (w_EDF.shape[1] % LANES or w_EDF.shape[2] % LANES)
+    dw_EDF = lax.platform_dependent(
+        x_XD, dy_XF, w_EDF, tile_expert, num_tiles,
+        tpu=gradient_on_tpu if fits else gradient_in_tiles, default=gradient_in_tiles,
+    )  # fmt: skip
+    return dx_XD, dw_EDF.astype(w_EDF.dtype), None, None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _times(rows, w_EDF, tile_expert, num_tiles, *, transposed: bool) -> jax.Array:
+    on = lambda kernel: functools.partial(kernel, transposed=transposed)  # noqa: E731
+    fits = not (w_EDF.shape[1] % LANES or w_EDF.shape[2] % LANES)
+    return lax.platform_dependent(
+        rows,
+        w_EDF,
+        tile_expert,
+        num_tiles,
+        tpu=on(times_on_tpu if fits else times_in_tiles),
+        default=on(times_in_tiles),
+    )
+
+
 def _tiles(x: jax.Array) -> jax.Array:
     return x.reshape(-1, TILE, x.shape[-1])
 
 
 def _product(a, b, contract) -> jax.Array:
-    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
-def _each_tile(tiles, w_EDF, tile_expert, num_tiles, *, contract):
-    """tiles[i] times its expert's matrix over the dims `contract`, in a loop whose length is the tiles in use."""
-    width = w_EDF.shape[2 if contract[1] == (0,) else 1]  # the dim of [D, F] that is not summed over
+def times_in_tiles(rows, w_EDF, tile_expert, num_tiles, *, transposed: bool) -> jax.Array:
+    """x_XD times w, or dy_XF times w transposed: a loop whose length is the tiles in use."""
+    tiles, width = _tiles(rows), w_EDF.shape[1 if transposed else 2]
 
     def body(i, y):
-        w = jax.lax.dynamic_index_in_dim(w_EDF, tile_expert[i], keepdims=False)
-        return y.at[i].set(_product(tiles[i], w, contract).astype(y.dtype))
+        w = lax.dynamic_index_in_dim(w_EDF, tile_expert[i], keepdims=False)
+        return y.at[i].set(_product(tiles[i], w, ((1,), (1 if transposed else 0,))).astype(y.dtype))
 
-    y = jnp.zeros((*tiles.shape[:2], width), tiles.dtype)
-    return jax.lax.fori_loop(0, num_tiles, body, y)
-
-
-def _forward(x_XD, w_EDF, tile_expert, num_tiles):
-    y = _each_tile(_tiles(x_XD), w_EDF, tile_expert, num_tiles, contract=((1,), (0,)))
-    return y.reshape(x_XD.shape[0], -1), (x_XD, w_EDF, tile_expert, num_tiles)
+    y = lax.fori_loop(0, num_tiles, body, jnp.zeros((*tiles.shape[:2], width), tiles.dtype))
+    return y.reshape(rows.shape[0], width)
 
 
-def _backward(residuals, dy_XF):
-    x_XD, w_EDF, tile_expert, num_tiles = residuals
+def gradient_in_tiles(x_XD, dy_XF, w_EDF, tile_expert, num_tiles) -> jax.Array:
+    """dw_EDF float32: for each expert the sum of x^T dy over its tiles."""
     x_tiles, dy_tiles = _tiles(x_XD), _tiles(dy_XF)
-    dx = _each_tile(dy_tiles, w_EDF, tile_expert, num_tiles, contract=((1,), (1,)))
 
     def body(i, dw_EDF):
         return dw_EDF.at[tile_expert[i]].add(_product(x_tiles[i], dy_tiles[i], ((0,), (0,))))
 
-    dw_EDF = jax.lax.fori_loop(0, num_tiles, body, jnp.zeros(w_EDF.shape, jnp.float32))
-    return dx.reshape(x_XD.shape), dw_EDF.astype(w_EDF.dtype), None, None
+    return lax.fori_loop(0, num_tiles, body, jnp.zeros(w_EDF.shape, jnp.float32))
 
 
-grouped_matmul.defvjp(_forward, _backward)
+def _group_sizes(w_EDF, tile_expert, num_tiles) -> jax.Array:
+    used = jnp.arange(tile_expert.shape[0]) < num_tiles
+    return ((tile_expert == jnp.arange(w_EDF.shape[0])[:, None]) & used).sum(1, dtype=jnp.int32) * TILE
+
+
+def _columns(size: int, *, rows: int, itemsize: int) -> int:
+    """The most columns, whole lanes that divide `size`, of which `rows` fit into a block."""
+    lanes = [n for n in range(LANES, size + 1, LANES) if size % n == 0]
+    return max([n for n in lanes if n * rows * itemsize <= TPU_BLOCK], default=LANES)
+
+
+def times_on_tpu(rows, w_EDF, tile_expert, num_tiles, *, transposed: bool, interpret: bool = False) -> jax.Array:
+    """`times_in_tiles` by megablox. The summed dim is one block: a matrix stays in VMEM from tile to tile."""
+    summed, width = rows.shape[1], w_EDF.shape[1 if transposed else 2]
+    tiling = (TPU_ROWS, summed, _columns(width, rows=summed, itemsize=rows.dtype.itemsize))
+    sizes = _group_sizes(w_EDF, tile_expert, num_tiles)
+    return gmm(rows, w_EDF, sizes, rows.dtype, tiling, transpose_rhs=transposed, interpret=interpret)
+
+
+def gradient_on_tpu(x_XD, dy_XF, w_EDF, tile_expert, num_tiles, *, interpret: bool = False) -> jax.Array:
+    """`gradient_in_tiles` by megablox."""
+    _, d, f = w_EDF.shape
+    rows = _columns(d, rows=LANES, itemsize=4)
+    tiling = (TPU_ROWS, rows, _columns(f, rows=rows, itemsize=4))
+    sizes = _group_sizes(w_EDF, tile_expert, num_tiles)
+    return tgmm(x_XD.swapaxes(0, 1), dy_XF, sizes, jnp.float32, tiling, interpret=interpret)

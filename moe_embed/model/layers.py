@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed import config as config_lib
+from moe_embed.model import attention
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
@@ -86,11 +87,7 @@ class Attention(nnx.Module):
         q_BLHK, k_BJHK, v_BJHK = qkv_GBLHK + self.b_qkv_GHK[...].astype(dtype)[:, None, None]
         if angles is not None:
             q_BLHK, k_BJHK = rotate(q_BLHK, *angles), rotate(k_BJHK, *angles)
-        scores_BHLJ = jnp.einsum("BLHK,BJHK->BHLJ", q_BLHK, k_BJHK, preferred_element_type=jnp.float32)
-        same_BLJ = segments_BL[:, :, None] == segments_BL[:, None, :]  # padding attends to padding: finite, unused
-        scores_BHLJ = jnp.where(same_BLJ[:, None], scores_BHLJ * q_BLHK.shape[-1] ** -0.5, -1e30)
-        weights_BHLJ = jax.nn.softmax(scores_BHLJ, axis=-1).astype(dtype)
-        mixed_BLHK = jnp.einsum("BHLJ,BJHK->BLHK", weights_BHLJ, v_BJHK)
+        mixed_BLHK = attention.attend(q_BLHK, k_BJHK, v_BJHK, segments_BL)
         out_BLD = jnp.einsum("BLHK,HKD->BLD", mixed_BLHK, self.w_out_HKD[...].astype(dtype))
         return out_BLD + self.b_out_D[...].astype(dtype)
 
