@@ -207,22 +207,24 @@ def size(letter: str) -> int:
 
 
 def pass_on(tree, letter: str):
-    """Every device's arrays to the next one of those that split `letter`, the last one's to the first.
-
-    In one collective, as bits: several would be independent of each other, and XLA's CPU client may start independent
-    collectives in another order on each device.
-    """
+    """Every device's arrays to the next one of those that split `letter`, the last one's to the first."""
     axes = _split(letter)
     if not axes:
         return tree
-    leaves, structure = jax.tree.flatten(tree)
-    bits = [jax.lax.bitcast_convert_type(leaf, jnp.int32).reshape(-1) for leaf in leaves]
     count = size(letter)
-    sent = jax.lax.ppermute(jnp.concatenate(bits), axes, [(i, (i + 1) % count) for i in range(count)])
-    parts = jnp.split(sent, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    received = [jax.lax.bitcast_convert_type(part.reshape(leaf.shape), leaf.dtype)
-                for part, leaf in zip(parts, leaves, strict=True)]  # fmt: skip
-    return jax.tree.unflatten(structure, received)
+    send = lambda x: jax.lax.ppermute(x, axes, [(i, (i + 1) % count) for i in range(count)])  # noqa: E731
+
+    def together(*leaves):
+        """In one collective, as bytes: XLA's CPU client may start independent ones in another order on each device."""
+        as_bytes = [jax.lax.bitcast_convert_type(leaf, jnp.uint8) for leaf in leaves]
+        sent = send(jnp.concatenate([x.reshape(-1) for x in as_bytes]))
+        parts = jnp.split(sent, np.cumsum([x.size for x in as_bytes])[:-1])
+        return [jax.lax.bitcast_convert_type(part.reshape(x.shape), leaf.dtype)
+                for part, x, leaf in zip(parts, as_bytes, leaves, strict=True)]  # fmt: skip
+
+    leaves, structure = jax.tree.flatten(tree)
+    apart = lambda *leaves: [send(leaf) for leaf in leaves]  # noqa: E731
+    return jax.tree.unflatten(structure, jax.lax.platform_dependent(*leaves, cpu=together, default=apart))
 
 
 def index(letter: str):

@@ -95,7 +95,7 @@ def test_masters_are_assembled_at_the_door_and_their_gradients_leave_in_parts(me
         "b_up_F": rng.normal(size=2).astype(np.float32),
     }
     columns = [sharding.specs(masters, column=column) for column in ("optimizer", "parameter")]
-    on = lambda f, out: sharding.on_each_device(f, mesh=mesh, in_specs=columns[0], out_specs=out)  # noqa: E731
+    on = lambda f, out: sharding.on_each_device(f, mesh=mesh, in_specs=(columns[0],), out_specs=out)  # noqa: E731
 
     assembled = jax.jit(on(sharding.assemble, columns[1]))(masters)
     jax.tree.map(np.testing.assert_array_equal, assembled, masters)
