@@ -43,7 +43,7 @@ export JAX_PLATFORMS=cuda,cpu
 status=0
 XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0" \
     timeout 270 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu 2>&1 | tee "$output/tests.txt" || status=$?
-left=$((585 - (SECONDS - start)))
+left=$((570 - (SECONDS - start)))
 JAX_PLATFORMS=cuda "$python" -m tests.bench.gpu --seconds="$left" --output="$output/bench.md" || status=$?
 echo "done in $((SECONDS - start)) s: $output/tests.txt, $output/bench.md"
 exit $status

@@ -49,7 +49,7 @@ def test_every_part_runs_and_the_table_holds_its_rows():
         "rows": gpu_parts.kernel_rows(gpu_parts.TOY, candidates=gpu_parts.CANDIDATES[:1]),
     }
     parts["torch"] = gpu.fault("torch not installed")
-    assert [len(parts[name]["rows"]) for name in gpu.PARTS] == [5, 1, 1, 2, 1]
+    assert [len(parts[name]["rows"]) for name in gpu.PARTS] == [5, 2, 1, 1, 1]
     for row in parts["train"]["rows"]:
         assert row["tokens_per_second"] > 0
         assert row["gib"] > 0
@@ -73,6 +73,11 @@ def test_what_time_does_not_allow_is_said():
 def test_a_part_that_breaks_is_a_line_and_not_the_end(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     assert gpu.in_process("layer", seconds=20, peak=None)["rows"][0]["fault"] == "exit code 1: no word"
+
+
+def test_a_gpu_that_jax_cannot_use_is_said():
+    done = gpu.in_process("layer", seconds=60, peak=None)["rows"][0]
+    assert done["fault"].startswith(f"exit code 2: error: jax {jax.__version__} sees no GPU")
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
