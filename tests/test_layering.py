@@ -19,7 +19,8 @@ LAYERS = (
     {"config", "verb", "metrics"},
     {"data", "data.sources", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
-    {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.moe", "model.mlm_head", "model.encoder"},
+    {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
+     "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load"},
     {""},  # moe_embed/__init__.py: the public names
