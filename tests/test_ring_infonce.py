@@ -116,7 +116,7 @@ def test_the_gradient_is_scaled_by_what_is_made_of_the_loss():
     f = of(ring_infonce, TERMS["prefixes"])
     (_, gradients), (_, threefold) = graded(f)(*example(1)), graded(lambda *x: (3 * f(*x)[0], {}))(*example(1))
     for a, b in zip(gradients, threefold, strict=True):
-        np.testing.assert_allclose(3 * a, b, rtol=1e-6)
+        assert np.linalg.norm(3 * a - b) <= 1e-6 * np.linalg.norm(b)
 
 
 def test_large_scores_stay_finite():
