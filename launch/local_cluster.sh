@@ -23,10 +23,16 @@ if [ "$JAX_NUM_CPU_DEVICES" -gt 1 ]; then export NPROC=${NPROC:-32}; fi
 prefixed() { # a progress bar's \r starts a line too
     local line
     trap '' INT TERM # it ends with what it reads
-    while IFS= read -r line || [ -n "$line" ]; do printf '[p%s] %s\n' "$1" "${line//$'\r'/$'\n'"[p$1] "}"; done
+    while IFS= read -r line || [ -n "$line" ]; do
+        while [[ $line == *$'\r'* ]]; do
+            if [ -n "${line%%$'\r'*}" ]; then printf '[p%s] %s\n' "$1" "${line%%$'\r'*}"; fi
+            line=${line#*$'\r'}
+        done
+        printf '[p%s] %s\n' "$1" "$line"
+    done
 }
 one() {
-    JAX_PROCESS_ID=$1 "$python" "${@:2}" 2> >(prefixed "$1" >&2) > >(prefixed "$1")
+    { JAX_PROCESS_ID=$1 "$python" "${@:2}" 2>&1 >&3 3>&- | prefixed "$1" >&2; } 3>&1 | prefixed "$1"
 }
 
 set -m # each process gets a group of its own, so that it can be stopped with all it started
@@ -36,7 +42,16 @@ for ((i = 0; i < count; i++)); do
     pids+=($!)
 done
 stop() { for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done; }
-trap 'stop INT; sleep 2; stop KILL; exit 130' INT TERM
+interrupted() {
+    stop INT
+    for _ in {1..30}; do
+        if ! kill -0 "${pids[@]}" 2>/dev/null; then break; fi # none is left
+        sleep 0.1
+    done
+    stop KILL
+    exit 130
+}
+trap interrupted INT TERM
 
 status=0 deadline=
 while [ ${#pids[@]} -gt 0 ]; do

@@ -45,7 +45,7 @@ ADVICE = {
     "code": "bring the same moe_embed to every host",
     "version": "install the same versions on every host",
     "setting": "set the same environment on every host",
-    "data": "bring the same files to every host",
+    "fingerprint": "bring the same files to every host",
 }
 
 
@@ -79,7 +79,9 @@ def check_data(config: Config, fingerprint: Mapping) -> None:
     """Before the step is compiled: the data, and the config as --init_from has left it, are the same everywhere."""
     config_tree = config_lib.to_dict(config)
     resolved = {f"config.{s}.{k}": v for s in ("encoder", "moe") for k, v in config_tree[s].items()}
-    rows = cluster.gather({"host": socket.gethostname(), "same": {"config": resolved, "data": dict(fingerprint)}})
+    rows = cluster.gather(
+        {"host": socket.gethostname(), "same": {"config": resolved, "fingerprint": dict(fingerprint)}}
+    )
     _refuse(differences(rows))
 
 

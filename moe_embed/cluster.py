@@ -136,7 +136,7 @@ def _tpu_pod(environ: Mapping[str, str]) -> Job | None:
         return None
     slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
-        if name in environ:
+        if name in environ and not environ[name].startswith("WARNING"):  # libtpu's own words where it knows of none
             hosts = len(environ[name].split(","))
             where = f"TPU slice: {hosts} hosts in {name}"
             return Job(found=where, count=slices * hosts) if slices * hosts > 1 else None

@@ -124,7 +124,7 @@ def train(
         step_of_size = {}  # compiled, by the number of micro-batches
         unwritten = None  # the step before: its metrics are fetched while the device runs this one
         for step, batch in enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first):
-            arrays = sharding.put_batch(batch.arrays, mesh=mesh)
+            arrays = sharding.put_batch(batch.arrays, mesh=mesh)  # every process has made the whole batch
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:
                 if unwritten is not None:

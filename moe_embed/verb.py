@@ -61,6 +61,9 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
         elif cluster.failure():  # another process has left, and a collective with it
             status, why = cluster.failure()
             print(f"error: {why}", file=sys.stderr)
+        elif cluster.several() and "Gloo" in str(error):
+            why = f"a collective broke: a process is gone without a word, killed or with its machine ({why})"
+            print(f"error: {why}", file=sys.stderr)
         elif cluster.several():
             traceback.print_exc()
         else:
