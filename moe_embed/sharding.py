@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_embed import config as config_lib
@@ -141,13 +142,23 @@ def shardings(tree, *, column: Column, mesh):
 
 
 def put_batch(batch: dict[str, np.ndarray], *, mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch (named host arrays) -> global arrays split over the mesh."""
+    """A global batch (named host arrays, the same on every process) -> global arrays split over the mesh.
+
+    Each process puts the parts of its own devices. What is in them does not depend on how many processes there are.
+    """
 
     def put(name: str, array: np.ndarray) -> jax.Array:
         sharding = NamedSharding(mesh, spec(name, column="activation"))
-        return jax.make_array_from_process_local_data(sharding, array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
     return {name: put(name, array) for name, array in batch.items()}
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """A whole array on the host, of every process: what others hold is gathered, so all must ask for it in step."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _last_name(path) -> str:
