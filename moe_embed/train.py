@@ -250,7 +250,7 @@ def compile_step(prog: program.Program, state: dict, arrays: dict, writer: metri
 
 def say_what_will_run(config: Config, prog: program.Program, batches: batches_lib.Batches) -> None:
     """A few lines a person reads before the bar starts: devices, parameters, data."""
-    total, active = count_parameters(prog.abstract_state["params"], config)
+    total, active = program.count_parameters(prog.abstract_state["params"], config)
     mesh = " x ".join(f"{axis}={size}" for axis, size in prog.mesh.shape.items())
     print(
         f"devices     {prog.mesh.size} x {prog.mesh.devices.flat[0].device_kind}, mesh {mesh}, {config.encoder.dtype}"
@@ -263,16 +263,6 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
     if config.optim.warmup_steps >= config.run.steps:
         print(f"warm-up     {config.optim.warmup_steps} steps: this run ends before the learning rate reaches its peak")
     print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
-
-
-def count_parameters(params: dict, config: Config) -> tuple[int, int]:
-    """All parameters, and those that take part for one token: without the experts it does not visit."""
-    total = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        total += leaf.size
-        is_expert = "E" in sharding.letters(path[-1].key) and "F" in sharding.letters(path[-1].key)
-        active += leaf.size * config.moe.top_k // config.moe.num_experts if is_expert else leaf.size
-    return total, active
 
 
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:

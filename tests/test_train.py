@@ -241,7 +241,7 @@ def test_every_missing_file_is_named(config):
 
 def test_parameters_are_counted_as_a_token_meets_them(config):
     mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
-    total, active = train.count_parameters(program.build(config, mesh).abstract_state["params"], config)
+    total, active = program.count_parameters(program.build(config, mesh).abstract_state["params"], config)
     expert = 2 * config.encoder.dim * config.encoder.ffn_dim
     assert total - active == 6 * expert
 
