@@ -45,7 +45,7 @@ class Compiled(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """Bytes on a device: all that is allocated for the step."""
+        """Bytes on a device: all that is allocated for the step. XLA itself refuses by the temporaries alone."""
         return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
@@ -97,14 +97,17 @@ def abstract_batch(config: config_lib.Config, step: Step, *, mesh) -> dict[str, 
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid_out[name]) for name, x in batch.items()}
 
 
-def compile_step(prog: Program, step: Step) -> Compiled | Refused:
-    """Compile `prog.step` for its mesh, and count. UserError if XLA refuses for another reason than memory."""
+def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> Compiled | Refused:
+    """Compile `prog.step` for its mesh, and count. UserError if XLA refuses for another reason than memory.
+
+    `options` are XLA's own.
+    """
     start = time.perf_counter()
     platform = prog.mesh.devices.flat[0].platform
     batch = abstract_batch(prog.config, step, mesh=prog.mesh)
     lowered = prog.step.trace(prog.abstract_state, batch).lower(lowering_platforms=(platform,))
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         needed = refusal(str(error))
         if needed is None:
@@ -143,12 +146,12 @@ def refusal(message: str) -> tuple[float, float] | None:
 def count_step(text: str, prog: Program) -> hlo_count.Count:
     """Count the step in its optimised HLO.
 
-    How many tiles the grouped products of a mixture have depends on the routing. They count at their most, where devices share
-    the choices evenly: one tile more than its rows fill for each expert.
+    How many tiles the grouped products of a mixture have depends on the routing. They count as if devices shared the choices
+    evenly and half of each expert's last tile were empty.
     """
     config, parts = prog.config, expert_parts(prog.mesh)
     tokens = config.data.rows * config.data.row_length
-    rows = tokens * config.moe.top_k + config.moe.num_experts // parts * TILE
+    rows = tokens * config.moe.top_k + config.moe.num_experts // parts * TILE / 2
 
     def trips(op_name: str) -> float | None:
         return rows / TILE if "grouped_matmul" in op_name else None

@@ -9,7 +9,7 @@ COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#97bbf5", "#9c
 
 def as_text(parts: Mapping[str, float], *, limit: float, width: int = 100) -> list[str]:
     """A line a part, with its bytes and its share of the limit, and one bar of all of them with the limit as "|"."""
-    scale = (width - 30) / max(limit, sum(parts.values()))
+    scale = (width - 31) / max(limit, sum(parts.values()))
     lines, bar, total = [], "", 0.0
     for i, (name, size) in enumerate(parts.items()):
         mark = "#=+-*%@"[i % 7]

@@ -197,7 +197,7 @@ def expert_crossover(config: config_lib.Config, step: Step) -> dict[str, float] 
     saved = summed(step.num_devices, size) - summed(step.num_devices // parts, size / parts)
     per_token = moved_tokens(config, num_parts=parts)
     return {
-        "expert": parts, "gradient_bytes_saved": saved, "token_bytes": per_token * step.places,
+        "parts": parts, "gradient_bytes_saved": saved, "token_bytes": per_token * step.places,
         "tokens_per_device": step.places, "pays_below_tokens_per_device": saved / per_token,
     }  # fmt: skip
 
