@@ -175,7 +175,7 @@ def attention_flops(kernel: hlo.Instruction, operands: list[hlo.Array]) -> float
     phase = hlo.one(r"splash_mha_(fwd|dq|dkv)", kernel.name)
     if phase is None:
         return None
-    fused = re.search(r"use_fused_bwd_kernel\W+true", kernel.attributes) is not None
     q, k = [array for array in operands if array.dtype in ("bf16", "f32") and len(array.dims) >= 3][:2]
+    fused = any(len(array.dims) > len(q.dims) for array in kernel.arrays)  # dq too, a part for each block of keys
     products = ATTENTION_PRODUCTS[phase] + (phase == "dkv" and fused)
     return 2.0 * products * math.prod(q.dims) * k.dims[-2]

@@ -43,7 +43,7 @@ def test_gradients_are_summed_once(made):
 
 
 def test_what_does_not_fit_is_a_verdict():
-    c = tiny("data.rows=65536", "data.batch_size=1048576")
+    c = tiny("data.rows=16384", "data.batch_size=131072", "loss.form=ring")
     made = plan.plan(c, topology.find("v5e-4"), tokens_a_pair=64)
     assert made["fits"] is False
     assert made["hbm"]["peak"] > made["hbm"]["limit"]
