@@ -3,6 +3,7 @@
 libtpu compiles for any TPU slice without one. The compiler's figures are those of a compile, not of a run.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -107,7 +108,8 @@ def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> C
     batch = abstract_batch(prog.config, step, mesh=prog.mesh)
     lowered = prog.step.trace(prog.abstract_state, batch).lower(lowering_platforms=(platform,))
     try:
-        compiled = lowered.compile(options)
+        with _uncached():
+            compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         needed = refusal(str(error))
         if needed is None:
@@ -126,6 +128,18 @@ def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> C
         time.perf_counter() - start, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
         stats.alias_size_in_bytes, stats.peak_memory_in_bytes, count, note,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _uncached():
+    """Keep what is compiled out of the persistent cache: a program for chips that are not here cannot be read back from it."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _bytes(tree) -> float:
