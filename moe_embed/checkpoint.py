@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import orbax.checkpoint as ocp
 
+from moe_embed import cluster
 from moe_embed.config import UserError
 
 MANIFEST = "digests.json"
@@ -22,22 +23,33 @@ MANIFEST = "digests.json"
 def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathlib.Path:
     """Write state {"step", "params"[, "optimizer"]} to folder/<step>, its manifest last; then drop all but `keep` good ones.
 
-    `facts` (plain JSON: the data fingerprint) is kept in the manifest. Returns the step's directory.
+    `facts` (plain JSON: the data fingerprint) is kept in the manifest. Returns the step's directory. Of several processes all
+    call this, and Orbax writes what each has to one folder; the rest is process 0's, and nobody goes on before it is done.
     """
     step = int(state["step"])
     path = folder.absolute() / str(step)
-    if path.is_dir():  # unverified, or it would have been resumed from
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    cluster.on_first(lambda: _clear(path))
     items = {"params": ocp.args.StandardSave(state["params"])}
     if "optimizer" in state:  # a model folder has none: there is nothing to continue
         items["training"] = ocp.args.StandardSave({"step": state["step"], "optimizer": state["optimizer"]})
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=ocp.args.Composite(**items))
+    cluster.on_first(lambda: _finish(path, facts, keep=keep))
+    return path
+
+
+def _clear(path: pathlib.Path) -> None:
+    if path.is_dir():  # unverified, or it would have been resumed from
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _finish(path: pathlib.Path, facts: dict, *, keep: int) -> None:
+    """The manifest, of all processes' files; then retention."""
     _write_manifest(path, facts)
+    folder = path.parent
     for old in [s for s in steps(folder) if not problem(folder, s)][:-keep]:
         shutil.rmtree(folder / str(old))
-    return path
 
 
 def steps(folder: pathlib.Path) -> list[int]:
@@ -71,8 +83,13 @@ def problem(folder: pathlib.Path, step: int) -> str:
 def newest_verified(folder: pathlib.Path, *, say: Callable[[str], None]) -> int | None:
     """The newest step that verifies, None if there is no step at all. Says what it passed over.
 
-    Raises UserError if there are steps and none verifies: nothing is started afresh in silence.
+    Raises UserError if there are steps and none verifies: nothing is started afresh in silence. Of several processes the first
+    looks, and all are told: they restore one step.
     """
+    return cluster.on_first(lambda: _newest_verified(folder, say))
+
+
+def _newest_verified(folder: pathlib.Path, say: Callable[[str], None]) -> int | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; checkpoints need a folder there.")
     problems = []

@@ -88,4 +88,4 @@ def _bfloat16(device) -> str:
 
 
 if __name__ == "__main__":
-    verb.run(main)
+    verb.run(main, copies=True)

@@ -74,7 +74,7 @@ class Model:
         with tqdm.tqdm(total=len(ids), unit="text", disable=not progress, dynamic_ncols=True) as bar:
             for members, rows, packed in _rows(ids, num_devices=self.mesh.size):
                 pooled_MBSD, sums = embed(self.params, sharding.put_batch(rows, mesh=self.mesh))
-                vector_ND = np.asarray(pooled_MBSD)[0, packed.row_N, packed.segment_N, :dim]
+                vector_ND = sharding.fetch(pooled_MBSD)[0, packed.row_N, packed.segment_N, :dim]
                 out_ND[members] = vector_ND / np.maximum(np.linalg.norm(vector_ND, axis=-1, keepdims=True), 1e-12)
                 if sums is not None:
                     choices_RE = np.asarray(sums.choices_E) + (0 if choices_RE is None else choices_RE)

@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl (a row a step), and a progress bar for whoever is watching."""
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -28,11 +29,14 @@ def scalars(metrics: dict) -> dict[str, float]:
 
 
 class Writer:
-    """Appends rows to metrics.jsonl and draws the bar. Rows at or after `first_step` of an earlier try are dropped."""
+    """Appends rows to metrics.jsonl and draws the bar. Rows at or after `first_step` of an earlier try are dropped.
 
-    def __init__(self, workdir: pathlib.Path, *, first_step: int, last_step: int):
-        self.path = workdir / "metrics.jsonl"
-        self.evaluations = workdir / "evaluations.jsonl"
+    Of several processes one has a workdir; the others (None) do all the same, to no file.
+    """
+
+    def __init__(self, workdir: pathlib.Path | None, *, first_step: int, last_step: int):
+        self.path = workdir / "metrics.jsonl" if workdir else pathlib.Path(os.devnull)
+        self.evaluations = workdir / "evaluations.jsonl" if workdir else pathlib.Path(os.devnull)
         _keep(self.path, first_step - 1)
         _keep(self.evaluations, first_step)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed in close()

@@ -130,4 +130,4 @@ def experts(model: Model, texts: dict[str, list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    verb.run(main)
+    verb.run(main, copies=True)

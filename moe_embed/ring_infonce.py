@@ -3,10 +3,12 @@
 Every device keeps its queries; documents, and what is known of them, travel from device to device, once round (Ring
 Attention, arXiv 2310.01889; for contrastive losses Inf-CL, arXiv 2410.17243). Of a tile of scores only the running maximum and
 sum of exponentials of its rows (queries) and, for the other direction, of its columns (documents) are kept. The gradient
-has the tiles computed a second time. Memory grows with N, not with N x C.
+has the tiles computed a second time. Memory grows with N, not with N x C. One device alone, in one direction, computes loss and
+gradient together, a few rows against all columns at a time, and nothing twice.
 
 A Matryoshka prefix is a partial sum of the whole product times two inverse norms, so all prefixes share the matrix products,
-forwards and backwards. Here R and K count tiles, r and c rows and columns of one.
+forwards and backwards. Vectors in bfloat16 are multiplied as such and summed in float32. Here R and K count tiles, r and c rows
+and columns of one.
 """
 
 import functools
@@ -35,7 +37,7 @@ class Rows(NamedTuple):
     """Queries, [N, ...]."""
 
     x_ND: jax.Array
-    scale_NP: jax.Array  # inverse norm of each prefix
+    scale_PN: jax.Array  # inverse norm of each prefix; P first, or a TPU pads each to a line of 128
     own_N: jax.Array  # cosine with the positive, whole vectors
     document_id_N: jax.Array  # of the positive
     query_id_N: jax.Array
@@ -46,7 +48,7 @@ class Columns(NamedTuple):
     """Documents, [C, ...], as they travel."""
 
     x_CD: jax.Array
-    scale_CP: jax.Array
+    scale_PC: jax.Array
     own_C: jax.Array  # a positive's cosine with its query
     document_id_C: jax.Array
     query_id_C: jax.Array
@@ -67,11 +69,11 @@ def ring_infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: co
     num_queries, per_query = query_ND.shape[0], document_ND.shape[0] // query_ND.shape[0]
     weights = prefix_weights(c, query_ND.shape[1])
     form = Form(tuple(sorted(weights)), per_query, c)
-    scale = lambda x: jnp.stack([inverse_norm(x[:, :dim]) for dim in form.dims], axis=1)  # noqa: E731
-    scale_NP, scale_CP = scale(query_ND), scale(document_ND)
-    own_NP = jnp.stack([(query_ND * document_ND[::per_query])[:, :dim].sum(1) for dim in form.dims], axis=1)
-    own_NP *= scale_NP * scale_CP[::per_query]
-    whole_N = lax.stop_gradient(own_NP[:, -1])
+    scale = lambda x: jnp.stack([inverse_norm(x[:, :dim].astype(jnp.float32)) for dim in form.dims])  # noqa: E731
+    scale_PN, scale_PC = scale(query_ND), scale(document_ND)
+    both_ND = query_ND.astype(jnp.float32) * document_ND[::per_query].astype(jnp.float32)
+    own_PN = jnp.stack([both_ND[:, :dim].sum(1) for dim in form.dims]) * scale_PN * scale_PC[:, ::per_query]
+    whole_N = lax.stop_gradient(own_PN[-1])
     first = sharding.index("N") * len(document_ND)
     known = {
         "rows": (whole_N, ids.document_N[::per_query], ids.query_N, first + jnp.arange(num_queries) * per_query),
@@ -82,39 +84,35 @@ def ring_infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: co
             first + jnp.arange(len(document_ND)),
         ),
     }
-    forth_PN, back_PN, correct_N, masked_N = _log_sums(form, query_ND, scale_NP, document_ND, scale_CP, known)
-    loss_PN = forth_PN - own_NP.T / c.temperature
+    vectors = query_ND, scale_PN, document_ND, scale_PC, known
+    if sharding.size("N") == 1 and not c.bidirectional:
+        weight_P = tuple(weights[dim] for dim in form.dims)
+        forth_PN, correct_N, masked_N = _log_sums_at_once(form, weight_P, *vectors)
+    else:
+        forth_PN, back_PN, correct_N, masked_N = _log_sums(form, *vectors)
+    loss_PN = forth_PN - own_PN / c.temperature
     if c.bidirectional:
-        loss_PN = (loss_PN + back_PN - own_NP.T / c.temperature) / 2
+        loss_PN = (loss_PN + back_PN - own_PN / c.temperature) / 2
     sums = {"accuracy": correct_N.sum(), "masked_candidates": masked_N.sum()}
     return global_means(sums, dict(zip(form.dims, loss_PN, strict=True)), weights)
 
 
-def _fold(state: Softmax, score: jax.Array, axis: int) -> Softmax:
-    """One tile's scores more, along `axis`. The maximum is a running one: a fixed bound would flush small terms to 0."""
-    high = jnp.maximum(state.max, score.max(axis))
-    total = state.total * jnp.exp(state.max - high) + jnp.exp(score - jnp.expand_dims(high, axis)).sum(axis)
-    return Softmax(high, total)
-
-
 class Tile(NamedTuple):
-    """One tile, [P, r, c] but for the mask."""
+    """One tile, [r, c]; a tuple has one array for each prefix."""
 
-    product: jax.Array  # of the vectors as they are
-    score: jax.Array  # query -> document, MASKED where it is no candidate
-    back: jax.Array  # document -> query, of the positives alone: [P, r, c / per_query]
-    masked: jax.Array  # [r, c] candidates that were taken out
+    product: tuple[jax.Array, ...]  # of the vectors as they are
+    score: tuple[jax.Array, ...]  # query -> document, MASKED where it is no candidate
+    back: tuple[jax.Array, ...]  # document -> query, of the positives alone: [r, c / per_query]
+    masked: jax.Array  # candidates that were taken out
 
 
 def _tile(form: Form, row: Rows, col: Columns) -> Tile:
     product, total, start = [], 0.0, 0
     for dim in form.dims:
-        a, b = row.x_ND[:, start:dim], col.x_CD[:, start:dim]
-        total += jnp.einsum("ND,CD->NC", a, b, precision=lax.Precision.HIGHEST)
+        total += _product("ND,CD->NC", row.x_ND[:, start:dim], col.x_CD[:, start:dim])
         product.append(total)
         start = dim
-    product = jnp.stack(product)
-    cosine = product * row.scale_NP.T[:, :, None] * col.scale_CP.T[:, None, :]
+    cosine = [x * _outer(row, col, k) for k, x in enumerate(product)]
     whole, c = cosine[-1], form.c
     label = row.label_N[:, None] == col.place_C
     positive = slice(None, None, form.per_query)  # tiles begin with one
@@ -127,46 +125,78 @@ def _tile(form: Form, row: Rows, col: Columns) -> Tile:
         never_back |= same[:, positive]
     never &= ~label
     never_back &= ~label[:, positive]
-    score = cosine / c.temperature
-    back = jnp.where(never_back, MASKED, score[:, :, positive])
-    return Tile(product, jnp.where(never, MASKED, score), back, never & (col.document_id_C >= 0))
+    score = tuple(jnp.where(never, MASKED, x / c.temperature) for x in cosine)
+    back = tuple(jnp.where(never_back, MASKED, x[:, positive] / c.temperature) for x in cosine)
+    return Tile(tuple(product), score, back, never & (col.document_id_C >= 0))
 
 
-def _visit(tile_fn, rows, columns):
-    """All tiles of this device's rows and the columns it holds: tile_fn(row, col) -> (row, col), each with its own sums."""
-
-    def visit_row(columns, row):
-        row, columns = lax.scan(tile_fn, row, columns)
-        return columns, row
-
-    columns, rows = lax.scan(visit_row, columns, rows)
-    return rows, columns
+def _outer(row: Rows, col: Columns, k: int) -> jax.Array:
+    return row.scale_PN[k, :, None] * col.scale_PC[k]
 
 
-def _round(tile_fn, rows, columns):
-    """`_visit` on every device in turn, until the columns are at home again."""
+def _fold(states: tuple[Softmax, ...], scores: tuple[jax.Array, ...], axis: int) -> tuple[Softmax, ...]:
+    """One tile's scores more, along `axis`. The maximum is a running one: a fixed bound would flush small terms to 0."""
 
-    def hop(state, _):
-        rows, columns = _visit(tile_fn, *state)
-        return (rows, sharding.pass_on(columns, "N")), None
+    def fold(state: Softmax, score: jax.Array) -> Softmax:
+        high = jnp.maximum(state.max, score.max(axis))
+        total = state.total * jnp.exp(state.max - high) + jnp.exp(score - jnp.expand_dims(high, axis)).sum(axis)
+        return Softmax(high, total)
 
-    return lax.scan(hop, (rows, columns), None, length=sharding.size("N"))[0]
+    return tuple(map(fold, states, scores))
 
 
-def _tiled(form: Form, query_ND, scale_NP, document_ND, scale_CP, known) -> tuple[Rows, Columns]:
-    """Rows [R, r, ...] and Columns [K, c, ...]: tiles of at most TILE, equal, a query's documents in one."""
-    divisor = lambda n, most: next(size for size in range(max(min(n, most), 1), 0, -1) if n % size == 0)  # noqa: E731
-    r = divisor(len(query_ND), TILE)
-    c = form.per_query * divisor(len(document_ND) // form.per_query, TILE // form.per_query)
-    cut = lambda tree, size: jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)  # noqa: E731
+def _first_at(score: jax.Array, top_N: jax.Array, place_C: jax.Array) -> jax.Array:
+    """The lowest place of a row's highest score: what argmax says, in a form that every backend vectorises."""
+    return jnp.where(score == top_N[:, None], place_C, jnp.iinfo(jnp.int32).max).min(1)
+
+
+def _product(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Summed in float32; float32 vectors are not rounded, on any platform."""
+    return jnp.einsum(dims, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _round(tile_fn, rows: Rows, columns: Columns, of_rows, of_columns):
+    """All tiles: tile_fn(row, col, of_row, of_col) -> (of_row, of_col), each with its own sums; the columns end at home.
+
+    Written with indices into what a loop carries, so that the sums are updated in place.
+    """
+    at = lambda tree, i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)  # noqa: E731
+    put = lambda tree, i, part: jax.tree.map(lambda x, y: x.at[i].set(y), tree, part)  # noqa: E731
+
+    def hop(_, state):
+        def visit_row(i, state):
+            columns, of_rows, of_columns = state
+            row = at(rows, i)
+
+            def visit_tile(j, state):
+                of_row, of_columns = state
+                of_row, of_col = tile_fn(row, at(columns, j), of_row, at(of_columns, j))
+                return of_row, put(of_columns, j, of_col)
+
+            of_row, of_columns = lax.fori_loop(0, len(columns.own_C), visit_tile, (at(of_rows, i), of_columns))
+            return columns, put(of_rows, i, of_row), of_columns
+
+        columns, of_rows, of_columns = lax.fori_loop(0, len(rows.own_N), visit_row, state)
+        columns, of_columns = sharding.pass_on((columns, of_columns), "N")
+        return columns, of_rows, of_columns
+
+    return lax.fori_loop(0, sharding.size("N"), hop, (columns, of_rows, of_columns))[1:]
+
+
+def _tiled(form: Form, query_ND, scale_PN, document_ND, scale_PC, known, *, r: int, c: int) -> tuple[Rows, Columns]:
+    """Rows [R, r, ...] and Columns [K, c, ...]: equal tiles of at most r and c, a query's documents in one."""
+    r = _divisor(len(query_ND), r)
+    c = form.per_query * _divisor(len(document_ND) // form.per_query, c // form.per_query)
+    cut = lambda x, size: x.reshape(-1, size, *x.shape[1:])  # noqa: E731
+    rows, columns = known["rows"], known["columns"]
     return (
-        cut(Rows(query_ND, scale_NP, *known["rows"]), r),
-        cut(Columns(document_ND, scale_CP, *known["columns"]), c),
+        Rows(cut(query_ND, r), _tile_PN(scale_PN, r), *(cut(x, r) for x in rows)),
+        Columns(cut(document_ND, c), _tile_PN(scale_PC, c), *(cut(x, c) for x in columns)),
     )
 
 
-def _untile_PN(x_RPN: jax.Array) -> jax.Array:
-    return x_RPN.swapaxes(0, 1).reshape(x_RPN.shape[1], -1)
+def _divisor(n: int, most: int) -> int:
+    return next(size for size in range(max(min(n, most), 1), 0, -1) if n % size == 0)
 
 
 def _tile_PN(x_PN: jax.Array, size: int) -> jax.Array:
@@ -174,33 +204,34 @@ def _tile_PN(x_PN: jax.Array, size: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_sums(form: Form, query_ND, scale_NP, document_ND, scale_CP, known):
+def _log_sums(form: Form, query_ND, scale_PN, document_ND, scale_PC, known):
     """log-sum-exp [P, N] of each query over documents and of each positive over queries; correct [N], masked [N]."""
-    rows, columns = _tiled(form, query_ND, scale_NP, document_ND, scale_CP, known)
+    rows, columns = _tiled(form, query_ND, scale_PN, document_ND, scale_PC, known, r=TILE, c=TILE)
     (num_r, r), (num_k, c) = rows.own_N.shape, columns.own_C.shape
-    fresh = lambda *shape: Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape))  # noqa: E731
-    sums = {"forth": fresh(num_r, len(form.dims), r), "best": jnp.full((num_r, r), -jnp.inf),
+    fresh = lambda *shape: tuple(Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape)) for _ in form.dims)  # noqa: E731
+    sums = {"forth": fresh(num_r, r), "best": jnp.full((num_r, r), -jnp.inf),
             "place": jnp.zeros((num_r, r), jnp.int32), "masked": jnp.zeros((num_r, r))}  # fmt: skip
-    back = fresh(num_k, len(form.dims), c // form.per_query)
+    back = fresh(num_k, c // form.per_query) if form.c.bidirectional else ()
 
-    def fold(row, col):
-        (row, sums), (col, back) = row, col
+    def fold(row, col, sums, back):
         tile = _tile(form, row, col)
-        top, at = tile.score[-1].max(1), col.place_C[tile.score[-1].argmax(1)]
-        first = (top > sums["best"]) | ((top == sums["best"]) & (at < sums["place"]))  # of equals the lower place
+        top = tile.score[-1].max(1)
+        at = _first_at(tile.score[-1], top, col.place_C)
+        first = (top > sums["best"]) | ((top == sums["best"]) & (at < sums["place"]))
         sums = {
-            "forth": _fold(sums["forth"], tile.score, 2),
+            "forth": _fold(sums["forth"], tile.score, 1),
             "best": jnp.maximum(top, sums["best"]),
             "place": jnp.where(first, at, sums["place"]),
             "masked": sums["masked"] + tile.masked.sum(1),
         }
-        return (row, sums), (col, _fold(back, tile.back, 1) if form.c.bidirectional else back)
+        return sums, (_fold(back, tile.back, 0) if form.c.bidirectional else back)
 
-    (_, sums), (_, back) = _round(fold, (rows, sums), (columns, back))
-    log_sum = lambda s: _untile_PN(s.max + jnp.log(s.total))  # noqa: E731
+    sums, back = _round(fold, rows, columns, sums, back)
+    log_sum = lambda states: jnp.stack([(s.max + jnp.log(s.total)).reshape(-1) for s in states])  # noqa: E731
+    forth_PN = log_sum(sums["forth"])
     correct_N = (sums["place"] == rows.label_N).astype(jnp.float32).reshape(-1)
-    back_PN = log_sum(back) if form.c.bidirectional else jnp.zeros_like(log_sum(sums["forth"]))
-    return log_sum(sums["forth"]), back_PN, correct_N, sums["masked"].reshape(-1)
+    back_PN = log_sum(back) if form.c.bidirectional else jnp.zeros_like(forth_PN)
+    return forth_PN, back_PN, correct_N, sums["masked"].reshape(-1)
 
 
 def _forward(form: Form, *arguments):
@@ -208,41 +239,123 @@ def _forward(form: Form, *arguments):
     return out, (arguments, out[:2])
 
 
+class Gradients(NamedTuple):
+    """Of rows or of columns, float32: with respect to the vectors and to their scales."""
+
+    x_ND: jax.Array
+    scale_PN: jax.Array
+
+
+def _no_gradients(x: jax.Array, scale: jax.Array) -> Gradients:
+    return Gradients(jnp.zeros(x.shape, jnp.float32), jnp.zeros_like(scale))
+
+
+def _add_gradients(form: Form, row: Rows, col: Columns, product, p, of_row: Gradients, of_col: Gradients):
+    """Add what one tile gives, of whose scores the gradients are `p`, for each prefix [r, c]."""
+    dx_ND, dx_CD, scales = of_row.x_ND, of_col.x_ND, []
+    weight = (
+        0.0  # the numbers of a segment are in every prefix that reaches beyond it: sums from the longest prefix down
+    )
+    for k in reversed(range(len(form.dims))):
+        part = slice(form.dims[k - 1] if k else 0, form.dims[k])
+        own = p[k] * _outer(row, col, k) / form.c.temperature  # the gradient of the products of this prefix
+        weight += own
+        low = weight.astype(row.x_ND.dtype)
+        a_ND, b_CD = _product("NC,CD->ND", low, col.x_CD[:, part]), _product("NC,ND->CD", low, row.x_ND[:, part])
+        dx_ND, dx_CD = dx_ND.at[:, part].add(a_ND), dx_CD.at[:, part].add(b_CD)
+        if len(form.dims) == 1:  # sum_j own_ij (q_i . d_j) = q_i . sum_j own_ij d_j: no need to go over the tile again
+            scales.append(((row.x_ND * a_ND).sum(1), (col.x_CD * b_CD).sum(1)))
+        else:
+            scales.append(((own * product[k]).sum(1), (own * product[k]).sum(0)))
+    by_row, by_col = (jnp.stack(parts[::-1]) for parts in zip(*scales, strict=True))
+    return (
+        Gradients(dx_ND, of_row.scale_PN + by_row / row.scale_PN),
+        Gradients(dx_CD, of_col.scale_PN + by_col / col.scale_PC),
+    )
+
+
+def _untiled(arguments, of_rows: Gradients, of_columns: Gradients):
+    """Gradients of all tiles -> those of the arguments of `_log_sums`, in their dtypes."""
+    whole = lambda x_RND, like: x_RND.reshape(like.shape).astype(like.dtype)  # noqa: E731
+    untile = lambda x_RPN: jnp.moveaxis(x_RPN, 0, -2).reshape(x_RPN.shape[-2], -1)  # noqa: E731
+    query_ND, _, document_ND, *_ = arguments
+    return (
+        whole(of_rows.x_ND, query_ND),
+        untile(of_rows.scale_PN),
+        whole(of_columns.x_ND, document_ND),
+        untile(of_columns.scale_PN),
+        None,
+    )
+
+
 def _backward(form: Form, residuals, cotangents):
     """The tiles once more: p = exp(score - log sum) of a row, and of a column, are the gradients of the two log sums."""
     arguments, (forth_PN, back_PN) = residuals
-    rows, columns = _tiled(form, *arguments)
+    rows, columns = _tiled(form, *arguments, r=TILE, c=TILE)
     r, c = rows.own_N.shape[1], columns.own_C.shape[1]
-    of_rows = {"log": _tile_PN(forth_PN, r), "g": _tile_PN(cotangents[0], r)}
-    of_columns = {"log": _tile_PN(back_PN, c // form.per_query), "g": _tile_PN(cotangents[1], c // form.per_query)}
-    zero = lambda *arrays: tuple(map(jnp.zeros_like, arrays))  # noqa: E731
+    of_rows = _tile_PN(forth_PN, r), _tile_PN(cotangents[0], r), _no_gradients(rows.x_ND, rows.scale_PN)
+    of_back = [_tile_PN(x_PN, c // form.per_query) for x_PN in (back_PN, cotangents[1]) if form.c.bidirectional]
+    of_columns = *of_back, _no_gradients(columns.x_CD, columns.scale_PC)
 
-    def add(row, col):
-        (row, lr, (dx_ND, dscale_NP)), (col, lc, (dx_CD, dscale_CP)) = row, col
+    def add(row, col, of_row, of_col):
+        (log, g, of_row), (*back, of_col) = of_row, of_col
         tile = _tile(form, row, col)
-        p = jnp.exp(tile.score - lr["log"][:, :, None]) * lr["g"][:, :, None]
+        p = [jnp.exp(score - log[k, :, None]) * g[k, :, None] for k, score in enumerate(tile.score)]
         if form.c.bidirectional:
-            back = jnp.exp(tile.back - lc["log"][:, None, :]) * lc["g"][:, None, :]
-            p = p.at[:, :, :: form.per_query].add(back)
-        p = p / form.c.temperature  # the gradient of the cosines
-        row_scale, col_scale = row.scale_NP.T[:, :, None], col.scale_CP.T[:, None, :]
-        dscale_NP += (p * tile.product * col_scale).sum(2).T
-        dscale_CP += (p * tile.product * row_scale).sum(1).T
-        # The numbers of a segment are in every prefix that reaches beyond it: sums from the longest prefix down.
-        p = jnp.cumsum((p * row_scale * col_scale)[::-1], axis=0)[::-1]
-        start = 0
-        for p_NC, dim in zip(p, form.dims, strict=True):
-            part = slice(start, dim)
-            to_row = jnp.einsum("NC,CD->ND", p_NC, col.x_CD[:, part], precision=lax.Precision.HIGHEST)
-            to_col = jnp.einsum("NC,ND->CD", p_NC, row.x_ND[:, part], precision=lax.Precision.HIGHEST)
-            dx_ND, dx_CD = dx_ND.at[:, part].add(to_row), dx_CD.at[:, part].add(to_col)
-            start = dim
-        return (row, lr, (dx_ND, dscale_NP)), (col, lc, (dx_CD, dscale_CP))
+            for k, score in enumerate(tile.back):
+                p_back = jnp.exp(score - back[0][k]) * back[1][k]
+                p[k] = p[k].at[:, :: form.per_query].add(p_back)
+        of_row, of_col = _add_gradients(form, row, col, tile.product, p, of_row, of_col)
+        return (log, g, of_row), (*back, of_col)
 
-    state = (rows, of_rows, zero(rows.x_ND, rows.scale_NP)), (columns, of_columns, zero(columns.x_CD, columns.scale_CP))
-    (_, _, of_rows), (_, _, of_columns) = _round(add, *state)
-    whole = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    return *map(whole, of_rows), *map(whole, of_columns), None
+    (_, _, of_rows), (*_, of_columns) = _round(add, rows, columns, of_rows, of_columns)
+    return _untiled(arguments, of_rows, of_columns)
 
 
 _log_sums.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _log_sums_at_once(form: Form, weight_P: tuple[float, ...], *arguments):
+    """`_log_sums` of one device and one direction, without the second result.
+
+    Its gradient is computed with it, for a cotangent of `weight_P` for every query; that of a mean is a multiple of it.
+    """
+    return _at_once(form, weight_P, arguments, graded=False)[0]
+
+
+def _at_once(form: Form, weight_P, arguments, *, graded: bool):
+    num_columns = len(arguments[2])
+    rows, columns = _tiled(form, *arguments, r=max(TILE * TILE // num_columns, 1), c=num_columns)
+    col = jax.tree.map(lambda x: x[0], columns)
+
+    def visit(of_col, row):
+        tile = _tile(form, row, col)
+        top = [score.max(1) for score in tile.score]
+        power = [jnp.exp(score - top_N[:, None]) for score, top_N in zip(tile.score, top, strict=True)]
+        total = [x.sum(1) for x in power]
+        log_PN = jnp.stack([top_N + jnp.log(total_N) for top_N, total_N in zip(top, total, strict=True)])
+        correct_N = (_first_at(tile.score[-1], top[-1], col.place_C) == row.label_N).astype(jnp.float32)
+        out = log_PN, correct_N, tile.masked.sum(1).astype(jnp.float32)
+        if not graded:
+            return of_col, (out, ())
+        p = [x * (w / total_N)[:, None] for x, total_N, w in zip(power, total, weight_P, strict=True)]
+        of_row = _no_gradients(row.x_ND, row.scale_PN)
+        of_row, of_col = _add_gradients(form, row, col, tile.product, p, of_row, of_col)
+        return of_col, (out, of_row)
+
+    of_col, ((log_RPN, *others), of_rows) = lax.scan(visit, _no_gradients(col.x_CD, col.scale_PC), rows)
+    of_col = jax.tree.map(lambda x: x[None], of_col)  # one tile
+    out = log_RPN.swapaxes(0, 1).reshape(len(form.dims), -1), *(x.reshape(-1) for x in others)
+    return out, _untiled(arguments, of_rows, of_col) if graded else ()
+
+
+def _scaled(form: Form, weight_P, gradients, cotangents):
+    factor = cotangents[0].sum() / (sum(weight_P) * cotangents[0].shape[1])
+    return tuple(None if g is None else (g * factor).astype(g.dtype) for g in gradients)
+
+
+_log_sums_at_once.defvjp(
+    lambda form, weight_P, *arguments: _at_once(form, weight_P, arguments, graded=True),
+    _scaled,
+)

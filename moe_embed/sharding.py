@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_embed import config as config_lib
@@ -150,13 +151,23 @@ def shardings(tree, *, column: Column, mesh):
 
 
 def put_batch(batch: dict[str, np.ndarray], *, mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch (named host arrays) -> global arrays split over the mesh."""
+    """A global batch (named host arrays, the same on every process) -> global arrays split over the mesh.
+
+    Each process puts the parts of its own devices. What is in them does not depend on how many processes there are.
+    """
 
     def put(name: str, array: np.ndarray) -> jax.Array:
         sharding = NamedSharding(mesh, spec(name, column="activation"))
-        return jax.make_array_from_process_local_data(sharding, array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
     return {name: put(name, array) for name, array in batch.items()}
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """A whole array on the host, of every process: what others hold is gathered, so all must ask for it in step."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _last_name(path) -> str:
@@ -216,22 +227,24 @@ def size(letter: str) -> int:
 
 
 def pass_on(tree, letter: str):
-    """Every device's arrays to the next one of those that split `letter`, the last one's to the first.
-
-    In one collective, as bits: several would be independent of each other, and XLA's CPU client may start independent
-    collectives in another order on each device.
-    """
+    """Every device's arrays to the next one of those that split `letter`, the last one's to the first."""
     axes = _split(letter)
     if not axes:
         return tree
-    leaves, structure = jax.tree.flatten(tree)
-    bits = [jax.lax.bitcast_convert_type(leaf, jnp.int32).reshape(-1) for leaf in leaves]
     count = size(letter)
-    sent = jax.lax.ppermute(jnp.concatenate(bits), axes, [(i, (i + 1) % count) for i in range(count)])
-    parts = jnp.split(sent, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    received = [jax.lax.bitcast_convert_type(part.reshape(leaf.shape), leaf.dtype)
-                for part, leaf in zip(parts, leaves, strict=True)]  # fmt: skip
-    return jax.tree.unflatten(structure, received)
+    send = lambda x: jax.lax.ppermute(x, axes, [(i, (i + 1) % count) for i in range(count)])  # noqa: E731
+
+    def together(*leaves):
+        """In one collective, as bytes: XLA's CPU client may start independent ones in another order on each device."""
+        as_bytes = [jax.lax.bitcast_convert_type(leaf, jnp.uint8) for leaf in leaves]
+        sent = send(jnp.concatenate([x.reshape(-1) for x in as_bytes]))
+        parts = jnp.split(sent, np.cumsum([x.size for x in as_bytes])[:-1])
+        return [jax.lax.bitcast_convert_type(part.reshape(x.shape), leaf.dtype)
+                for part, x, leaf in zip(parts, as_bytes, leaves, strict=True)]  # fmt: skip
+
+    leaves, structure = jax.tree.flatten(tree)
+    apart = lambda *leaves: [send(leaf) for leaf in leaves]  # noqa: E731
+    return jax.tree.unflatten(structure, jax.lax.platform_dependent(*leaves, cpu=together, default=apart))
 
 
 def index(letter: str):

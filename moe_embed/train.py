@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from moe_embed import checkpoint, metrics, optim, program, retrieval, sharding, verb
+from moe_embed import agreement, checkpoint, cluster, metrics, optim, program, retrieval, sharding, verb
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
 from moe_embed.data import batches as batches_lib
@@ -61,11 +61,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="made if absent, continued if not")
     parser.add_argument("--init_from", help="start from this model: its parameters, shape, tokenizer and prompts")
     parser.add_argument(
-        "--profile", type=int, default=0, metavar="N", help="trace N steps for xprof to WORKDIR/profile"
+        "--profile", type=int, default=0, metavar="N", help="trace N steps to WORKDIR/profile, for xprof"
     )
+    cluster.add_flags(parser)
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.profile < 0:
         raise UserError(f"--profile={arguments.profile} must be a number of steps.")
+    cluster.start(
+        coordinator=arguments.coordinator, num_processes=arguments.num_processes, process_id=arguments.process_id
+    )
     explicit = {override.partition("=")[0].removeprefix("--config.") for override in overrides}
     config = config_lib.load(arguments.config, overrides)
     train(
@@ -90,7 +94,9 @@ def train(
     A run that begins takes parameters, shape, tokenizer and prompts from the model at `init_from`, if one is named;
     `explicit` are the names ("encoder.dim") that the user set and that must then agree. A run that continues has its own.
     `profile` steps, after the first WARM_UP, are traced for xprof.
+    Of several processes (cluster.start) all call this; process 0 alone writes, but for the checkpoints' arrays.
     """
+    agreement.check(config, others={"--workdir": str(workdir), "--init_from": init_from})
     mesh = sharding.make_mesh(config.mesh)
     checkpoints = workdir / "checkpoints"
     first = checkpoint.newest_verified(checkpoints, say=print)
@@ -110,9 +116,10 @@ def train(
                 f"--config.data.tokenizer={config.data.tokenizer} is not the tokenizer of {origin}; leave it out."
             )
     batches, tokenizer, tasks = open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
+    agreement.check_data(config, batches.fingerprint)
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
     say_what_will_run(config, prog, batches)
-    check_workdir(config, workdir)
+    cluster.on_first(lambda: check_workdir(config, workdir))
 
     if first is None:
         state, first = prog.init(parameters_of(base, prog, batches)), 0
@@ -124,18 +131,20 @@ def train(
             return
         print(f"continuing {workdir} from step {first} of {config.run.steps}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
-    write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from)
+    cluster.on_first(lambda: write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from))
+    agreement.check_shared(workdir / DESCRIPTION)
 
     started = time.perf_counter()
-    with metrics.Writer(workdir, first_step=first, last_step=config.run.steps) as writer:
+    writes_to = workdir if cluster.is_first() else None
+    with metrics.Writer(writes_to, first_step=first, last_step=config.run.steps) as writer:
         measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
         if tasks and first == 0 and config.run.eval_every:
             writer.evaluation(0, measure())  # what the run begins with: else nobody knows what it was good for
         step_of_size = {}  # compiled, by the number of micro-batches
         unwritten = None  # the step before: its metrics are fetched while the device runs this one
         steps = enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first)
-        for step, batch in traced(steps, workdir / "profile", count=profile):
-            arrays = sharding.put_batch(batch.arrays, mesh=mesh)
+        for step, batch in traced(steps, workdir / "profile", count=profile if jax.process_index() == 0 else 0):
+            arrays = sharding.put_batch(batch.arrays, mesh=mesh)  # every process has made the whole batch
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:
                 if unwritten is not None:
@@ -375,4 +384,4 @@ def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float
 
 
 if __name__ == "__main__":
-    verb.run(main)
+    verb.run(main, copies=True)  # it joins them

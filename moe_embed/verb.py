@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 
@@ -18,9 +19,15 @@ def check_output(path: pathlib.Path, flag: str) -> None:
         raise UserError(f"{flag}={path} {what}; name a file in a folder that exists.")
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
-    """Run a verb's main(argv): exit 0, or 2 with the sentences of a UserError. Also the process-wide jax settings."""
+def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) -> typing.NoReturn:
+    """Run a verb's main(argv): exit 0, or 2 with the sentences of a UserError. Also the process-wide jax settings.
+
+    A verb is one process's work, and refuses to be started as several, unless `copies` of it are no harm or it joins them
+    itself (cluster.start). Of joined processes one that fails ends all, with its sentence.
+    """
     import jax  # here: the door itself is plain Python
+
+    from moe_embed import cluster
 
     accelerators = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/vfio", "/dev/kfd", "/dev/dxg")
     if "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, accelerators)):
@@ -28,23 +35,38 @@ def run(main: Callable[[Sequence[str]], int | None]) -> typing.NoReturn:
     cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moe_embed/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    why = ""
     try:
+        if not copies:
+            cluster.refuse_several(pathlib.Path(sys.argv[0]).stem)
         status = main(sys.argv[1:])
         sys.stdout.flush()  # a reader that has gone is noticed here, not by the interpreter at its end
     except UserError as error:
+        status, why = 2, str(error)
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
+        status, why = 130, "it was stopped"
         print("\nstopped.", file=sys.stderr)
-        status = 130
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except RuntimeError as error:
-        if "initialize backend" not in str(error):
+        status, why = 141, "nobody reads its output"
+    except Exception as error:
+        status, why = 1, f"{type(error).__name__}: {error}"
+        if isinstance(error, RuntimeError) and "initialize backend" in str(error):
+            print(
+                f"error: jax finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {error}",
+                file=sys.stderr,
+            )
+            status = 2
+        elif cluster.failure():  # another process has left, and a collective with it
+            status, why = cluster.failure()
+            print(f"error: {why}", file=sys.stderr)
+        elif cluster.several() and "Gloo" in str(error):
+            why = f"a collective broke: a process is gone without a word, killed or with its machine ({why})"
+            print(f"error: {why}", file=sys.stderr)
+        elif cluster.several():
+            traceback.print_exc()
+        else:
             raise
-        print(
-            f"error: jax finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}: {error}", file=sys.stderr
-        )
-        status = 2
+    cluster.end(status or 0, why)
     sys.exit(status or 0)

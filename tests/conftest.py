@@ -24,20 +24,40 @@ collect_ignore = [name for name, there in (("parity", HAS_TORCH), ("aot", HAS_LI
 
 def pytest_addoption(parser):
     parser.addoption("--released", metavar="DIR", help="a copy of nomic-ai/nomic-embed-text-v2-moe, for -m released")
+    parser.addoption(
+        "--stand_in", action="store_true", help="for -m gpu: a CPU device as the GPU, to see the tests run"
+    )
 
 
 @pytest.hookimpl(trylast=True)  # after -m has selected
 def pytest_collection_modifyitems(config, items):
-    """Tests of the released folder run where it is given. Asked for by name without it, they are an error, not a skip."""
-    released = [item for item in items if item.get_closest_marker("released")]
-    if config.getoption("--released") is not None or not released:
-        return
-    if "released" in config.option.markexpr:
-        raise pytest.UsageError(
-            "-m released reads the released model: add --released=DIR, a copy of nomic-embed-text-v2-moe."
-        )
-    items[:] = [item for item in items if item not in released]
-    config.hook.pytest_deselected(items=released)
+    """Tests of what may be absent run where it is there. Asked for by name without it, they are an error, not a skip."""
+    needs = {
+        "released": (
+            lambda: config.getoption("--released") is not None,
+            "-m released reads the released model: add --released=DIR, a copy of nomic-embed-text-v2-moe.",
+        ),
+        "gpu": (
+            lambda: config.getoption("--stand_in") or _has_gpu(),
+            f"-m gpu needs a GPU, and JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} gives jax none; on a machine with one run "
+            "bash launch/gpu_check.sh, which sets JAX_PLATFORMS=cuda,cpu.",
+        ),
+    }
+    for marker, (is_there, sentence) in needs.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if not marked or is_there():
+            continue
+        if marker in config.option.markexpr:
+            raise pytest.UsageError(sentence)
+        items[:] = [item for item in items if item not in marked]
+        config.hook.pytest_deselected(items=marked)
+
+
+def _has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:  # jax's word for a platform that it does not have, or that does not start
+        return False
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -54,3 +74,9 @@ def pytest_terminal_summary(terminalreporter):
 def eight_devices():
     assert jax.device_count() == 8, "tests/conftest.py sets eight virtual devices before jax starts"
     return jax.devices()
+
+
+@pytest.fixture(scope="session")
+def gpu(request):
+    """The device that tests of marker `gpu` compare with the CPU."""
+    return jax.devices("cpu")[-1] if request.config.getoption("--stand_in") else jax.devices("gpu")[0]

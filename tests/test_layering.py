@@ -16,10 +16,11 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"))]  # what `import` can find
 
 LAYERS = (
-    {"config", "verb", "metrics"},
+    {"config", "verb", "metrics", "cluster", "agreement"},
     {"data", "data.sources", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
-    {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.moe", "model.mlm_head", "model.encoder"},
+    {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
+     "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "hlo", "hlo_count",
      "topology", "estimate", "ahead", "bars"},

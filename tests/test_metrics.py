@@ -101,3 +101,12 @@ def test_the_bar_shows_loss_accuracy_dev_figure_and_speed(tmp_path, capsys):
     assert "unshown" not in out
     row = json.loads((tmp_path / "evaluations.jsonl").read_text())
     assert row == {"step": 4, "ndcg": 0.375, "ndcg/some-task": 0.375}
+
+
+def test_a_writer_without_a_workdir_writes_nothing(tmp_path, monkeypatch, capsys):
+    """What every process but one of several has."""
+    monkeypatch.chdir(tmp_path)
+    with metrics.Writer(None, first_step=0, last_step=1) as writer:
+        writer.step(0, {"loss": 1.0, "tokens": 4.0})
+        writer.evaluation(1, {"ndcg": 0.5})
+    assert not list(tmp_path.iterdir())

@@ -97,6 +97,28 @@ def test_distillation_is_refused_by_name():
         ring_infonce(q, d, Ids(ids, query_ids), c=config_lib.Loss(), teacher=Teacher(query_ND=q, document_ND=d))
 
 
+@pytest.mark.parametrize("terms", ["plain", "all"])
+def test_vectors_in_bfloat16_are_multiplied_as_such_and_summed_in_float32(terms):
+    """The same as float32 vectors of those values but for the rounding of p and of the gradients: 2^-9."""
+    q, d, ids, query_ids = example(1)
+    q, d = (jnp.array(x, jnp.bfloat16) for x in (q, d))
+    f = graded(of(ring_infonce, TERMS[terms]))
+    (loss, _), gradients = f(q, d, ids, query_ids)
+    (loss_, _), gradients_ = f(q.astype(jnp.float32), d.astype(jnp.float32), ids, query_ids)
+    np.testing.assert_allclose(loss, loss_, rtol=1e-6)
+    for a, b in zip(gradients, gradients_, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert 0 < np.linalg.norm(a.astype(jnp.float32) - b) <= 2**-7 * np.linalg.norm(b)
+
+
+def test_the_gradient_is_scaled_by_what_is_made_of_the_loss():
+    """Computed with the loss on one device and in one direction, it is for a factor of 1 until that is known."""
+    f = of(ring_infonce, TERMS["prefixes"])
+    (_, gradients), (_, threefold) = graded(f)(*example(1)), graded(lambda *x: (3 * f(*x)[0], {}))(*example(1))
+    for a, b in zip(gradients, threefold, strict=True):
+        assert np.linalg.norm(3 * a - b) <= 1e-6 * np.linalg.norm(b)
+
+
 def test_large_scores_stay_finite():
     q, _, ids, query_ids = example(0)
     for d in (q, -q):

@@ -95,7 +95,7 @@ def test_masters_are_assembled_at_the_door_and_their_gradients_leave_in_parts(me
         "b_up_F": rng.normal(size=2).astype(np.float32),
     }
     columns = [sharding.specs(masters, column=column) for column in ("optimizer", "parameter")]
-    on = lambda f, out: sharding.on_each_device(f, mesh=mesh, in_specs=columns[0], out_specs=out)  # noqa: E731
+    on = lambda f, out: sharding.on_each_device(f, mesh=mesh, in_specs=(columns[0],), out_specs=out)  # noqa: E731
 
     assembled = jax.jit(on(sharding.assemble, columns[1]))(masters)
     jax.tree.map(np.testing.assert_array_equal, assembled, masters)
@@ -124,3 +124,12 @@ def test_outside_of_shard_map_collectives_are_the_identity():
 def test_put_batch_splits_rows_over_both_axes(mesh):
     batch = sharding.put_batch({"tokens_MBL": np.zeros((3, 16, 4), np.int32)}, mesh=mesh)
     assert {shard.data.shape for shard in batch["tokens_MBL"].addressable_shards} == {(3, 2, 4)}
+
+
+def test_put_and_fetch_keep_every_row_in_its_place(mesh):
+    x_ND = np.arange(32.0, dtype=np.float32).reshape(16, 2)
+    put = sharding.put_batch({"x_ND": x_ND}, mesh=mesh)["x_ND"]
+    for i, shard in enumerate(sorted(put.addressable_shards, key=lambda shard: shard.index[0].start)):
+        np.testing.assert_array_equal(shard.data, x_ND[2 * i : 2 * i + 2])
+    np.testing.assert_array_equal(sharding.fetch(put), x_ND)
+    assert not np.array_equal(sharding.fetch(put), x_ND[::-1])

@@ -5,11 +5,16 @@ rows and heads of whole tiles; where a row is none, and on a CPU, scores are com
 above it for one block of queries at a time, computed again in the backward pass. So no [L, L] outlives a block.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.gpu import attention as flash
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+with warnings.catch_warnings():  # since jax 0.11 Pallas for Triton warns that it will go (CONTRIBUTING.md, Decisions)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental.pallas.ops.gpu import attention as flash
 
 BLOCK = 512  # queries whose scores are held at once
 LANES = 128  # rows of the kernels are a multiple of this
@@ -71,8 +76,8 @@ def _splash(length: int, heads: int, interpret: bool):
 
 def on_gpu(q_BLHK, k_BJHK, v_BJHK, segments_BL, *, interpret: bool = False) -> jax.Array:
     """`attend` by the Pallas-Triton flash attention, forwards and backwards."""
-    sizes = flash.BlockSizes(
-        block_q=LANES, block_k=LANES, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
-    )
+    # Compiled for an H100: larger blocks of float32 spill registers, smaller ones of bfloat16 miss its wide products.
+    block = (32,) * 6 if q_BLHK.dtype == jnp.float32 else (128, 64, 64, 64, 64, 64)
+    sizes = flash.BlockSizes(*block)
     scale = q_BLHK.shape[-1] ** -0.5
     return flash.mha(q_BLHK, k_BJHK, v_BJHK, segments_BL, sm_scale=scale, block_sizes=sizes, interpret=interpret)

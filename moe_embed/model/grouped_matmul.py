@@ -2,8 +2,9 @@
 
 Each group is padded to whole tiles of TILE rows, so a tile has one expert and every row is reduced by a product of one
 fixed shape: a row's result does not depend on its neighbours or on the number of devices. Unused tiles cost nothing.
-The kernel is that of the platform a program is lowered for: megablox, which comes with jax, on TPU; a loop over tiles
-elsewhere. `jax.lax.ragged_dot` computes all experts on CPU, CUDA and under several libtpu versions; it is not used.
+The kernel is that of the platform a program is lowered for: megablox, which comes with jax, on TPU; a pair for Triton on
+CUDA; a loop over tiles elsewhere. `jax.lax.ragged_dot` computes all experts on CPU, CUDA and under several libtpu versions; it
+is not used.
 """
 
 import functools
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+from moe_embed.model import triton_grouped_matmul
 
 TILE = 128  # rows; a multiple of every platform's lane count
 LANES = 128  # megablox wants dims of whole lanes
@@ -48,10 +51,12 @@ def _forward(x_XD, w_EDF, tile_expert, num_tiles):
 def _backward(residuals, dy_XF):
     x_XD, w_EDF, tile_expert, num_tiles = residuals
     dx_XD = _times(dy_XF, w_EDF, tile_expert, num_tiles, transposed=True)
-    fits = not (w_EDF.shape[1] % LANES or w_EDF.shape[2] % LANES)
+    on = lambda kernel: functools.partial(kernel, num_experts=len(w_EDF))  # noqa: E731
     dw_EDF = lax.platform_dependent(
-        x_XD, dy_XF, w_EDF, tile_expert, num_tiles,
-        tpu=gradient_on_tpu if fits else gradient_in_tiles, default=gradient_in_tiles,
+        x_XD, dy_XF, tile_expert, num_tiles,
+        tpu=on(gradient_on_tpu if _whole_lanes(w_EDF) else gradient_in_tiles),
+        cuda=on(triton_grouped_matmul.expert_gradients),
+        default=on(gradient_in_tiles),
     )  # fmt: skip
     return dx_XD, dw_EDF.astype(w_EDF.dtype), None, None
 
@@ -61,15 +66,16 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _times(rows, w_EDF, tile_expert, num_tiles, *, transposed: bool) -> jax.Array:
     on = lambda kernel: functools.partial(kernel, transposed=transposed)  # noqa: E731
-    fits = not (w_EDF.shape[1] % LANES or w_EDF.shape[2] % LANES)
     return lax.platform_dependent(
-        rows,
-        w_EDF,
-        tile_expert,
-        num_tiles,
-        tpu=on(times_on_tpu if fits else times_in_tiles),
+        rows, w_EDF, tile_expert, num_tiles,
+        tpu=on(times_on_tpu if _whole_lanes(w_EDF) else times_in_tiles),
+        cuda=on(triton_grouped_matmul.rows_times_experts),
         default=on(times_in_tiles),
-    )
+    )  # fmt: skip
+
+
+def _whole_lanes(w_EDF: jax.Array) -> bool:
+    return w_EDF.shape[1] % LANES == w_EDF.shape[2] % LANES == 0
 
 
 def _tiles(x: jax.Array) -> jax.Array:
@@ -92,19 +98,20 @@ def times_in_tiles(rows, w_EDF, tile_expert, num_tiles, *, transposed: bool) -> 
     return y.reshape(rows.shape[0], width)
 
 
-def gradient_in_tiles(x_XD, dy_XF, w_EDF, tile_expert, num_tiles) -> jax.Array:
+def gradient_in_tiles(x_XD, dy_XF, tile_expert, num_tiles, *, num_experts: int) -> jax.Array:
     """dw_EDF float32: for each expert the sum of x^T dy over its tiles."""
     x_tiles, dy_tiles = _tiles(x_XD), _tiles(dy_XF)
 
     def body(i, dw_EDF):
         return dw_EDF.at[tile_expert[i]].add(_product(x_tiles[i], dy_tiles[i], ((0,), (0,))))
 
-    return lax.fori_loop(0, num_tiles, body, jnp.zeros(w_EDF.shape, jnp.float32))
+    shape = num_experts, x_XD.shape[1], dy_XF.shape[1]
+    return lax.fori_loop(0, num_tiles, body, jnp.zeros(shape, jnp.float32))
 
 
-def _group_sizes(w_EDF, tile_expert, num_tiles) -> jax.Array:
+def _group_sizes(tile_expert, num_tiles, num_experts: int) -> jax.Array:
     used = jnp.arange(tile_expert.shape[0]) < num_tiles
-    return ((tile_expert == jnp.arange(w_EDF.shape[0])[:, None]) & used).sum(1, dtype=jnp.int32) * TILE
+    return ((tile_expert == jnp.arange(num_experts)[:, None]) & used).sum(1, dtype=jnp.int32) * TILE
 
 
 def _columns(size: int, *, rows: int, itemsize: int) -> int:
@@ -117,14 +124,14 @@ def times_on_tpu(rows, w_EDF, tile_expert, num_tiles, *, transposed: bool, inter
     """`times_in_tiles` by megablox. The summed dim is one block: a matrix stays in VMEM from tile to tile."""
     summed, width = rows.shape[1], w_EDF.shape[1 if transposed else 2]
     tiling = (TPU_ROWS, summed, _columns(width, rows=summed, itemsize=rows.dtype.itemsize))
-    sizes = _group_sizes(w_EDF, tile_expert, num_tiles)
+    sizes = _group_sizes(tile_expert, num_tiles, len(w_EDF))
     return gmm(rows, w_EDF, sizes, rows.dtype, tiling, transpose_rhs=transposed, interpret=interpret)
 
 
-def gradient_on_tpu(x_XD, dy_XF, w_EDF, tile_expert, num_tiles, *, interpret: bool = False) -> jax.Array:
+def gradient_on_tpu(x_XD, dy_XF, tile_expert, num_tiles, *, num_experts: int, interpret: bool = False) -> jax.Array:
     """`gradient_in_tiles` by megablox."""
-    _, d, f = w_EDF.shape
+    d, f = x_XD.shape[1], dy_XF.shape[1]
     rows = _columns(d, rows=LANES, itemsize=4)
     tiling = (TPU_ROWS, rows, _columns(f, rows=rows, itemsize=4))
-    sizes = _group_sizes(w_EDF, tile_expert, num_tiles)
+    sizes = _group_sizes(tile_expert, num_tiles, num_experts)
     return tgmm(x_XD.swapaxes(0, 1), dy_XF, sizes, jnp.float32, tiling, interpret=interpret)
