@@ -241,10 +241,11 @@ def lines(made: dict, *, title: str) -> list[str]:
     out += [
         f"  {kind:<20}{size / 1e9:8.2f} GB" for kind, size in sent.items() if kind not in ("total", "source") and size
     ]
+    mfu = {end: flops["model"] / (seconds[end] * chip["flops"]) for end in ("low", "high")}
     roofs = ", ".join(f"{name.removeprefix('roof_')} {value:.3g}" for name, value in seconds.items() if "roof" in name)
     out += [
-        f"time         {seconds['low']:.3g} to {seconds['high']:.3g} s a step, from {estimate.MFU[1]:.0%} to {estimate.MFU[0]:.0%} "
-        f"of the peak in model FLOPs",
+        f"time         {seconds['low']:.3g} to {seconds['high']:.3g} s a step: {mfu['low']:.0%} to {mfu['high']:.0%} of the peak in model FLOPs",
+        f"             (taken to be {estimate.MFU[1]:.0%} to {estimate.MFU[0]:.0%}, less where a roof is lower)",
         f"  roofs      {roofs} s",
         f"  recipe     {recipe['steps']:,} steps: {recipe['hours']['low']:,.1f} to {recipe['hours']['high']:,.1f} hours, "
         f"{recipe['chip_hours']['low']:,.0f} to {recipe['chip_hours']['high']:,.0f} chip-hours",
