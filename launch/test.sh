@@ -3,8 +3,12 @@
 #   bash launch/test.sh                       bash launch/test.sh tests/parity              bash launch/test.sh -m slow
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
-# torch beside jax, where a CPU build of it exists under the pinned number; elsewhere the run says which tests that costs.
-if "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then ready_venv test torch; else ready_venv test; fi
+# torch beside jax, where a CPU build of it exists under the pinned number, and libtpu, which compiles for TPUs without one;
+# elsewhere the run says which tests that costs.
+extras=(test)
+if "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then extras+=(torch); fi
+if [ "$(uname -sm)" = "Linux x86_64" ]; then extras+=(tpu); fi
+ready_venv "${extras[@]}"
 
 if [ $# -eq 0 ]; then
     ruff check --quiet .

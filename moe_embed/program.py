@@ -96,6 +96,16 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
     )
 
 
+def count_parameters(params: dict, config: config_lib.Config) -> tuple[int, int]:
+    """All parameters, and those that take part for one token: without the experts it does not visit."""
+    total = active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total += leaf.size
+        is_expert = "E" in sharding.letters(path[-1].key) and "F" in sharding.letters(path[-1].key)
+        active += leaf.size * config.moe.top_k // config.moe.num_experts if is_expert else leaf.size
+    return total, active
+
+
 @functools.cache
 def build_embed(c: config_lib.Encoder, moe: config_lib.Moe, mesh: jax.sharding.Mesh, *, num_segments: int) -> Callable:
     """(params, rows) -> (pooled_MBSD float32 not normalised, RouterSums [R, E] global or None), compiled for `mesh`.

@@ -68,22 +68,31 @@ EVERYWHERE = PartitionSpec()  # one value, the same on every device: losses and 
 def make_mesh(config: config_lib.Mesh, *, devices=None) -> jax.sharding.Mesh:
     """A mesh (data, expert) over `devices` (all of them by default); -1 takes what is left. UserError if it does not fit."""
     devices = jax.devices() if devices is None else list(devices)
+    # Auto axis types: Explicit, the default, refuses gathers, sorts and cumsums over a sharded dim.
+    return jax.make_mesh(_sizes(config, len(devices)), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def imagine_mesh(config: config_lib.Mesh, *, num_devices: int) -> jax.sharding.AbstractMesh:
+    """The mesh that `make_mesh` would make of so many devices, without any: shardings can be read off, nothing can run."""
+    return jax.sharding.AbstractMesh(_sizes(config, num_devices), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _sizes(config: config_lib.Mesh, num_devices: int) -> tuple[int, ...]:
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(devices) % fixed:
+    if num_devices % fixed:
         raise config_lib.UserError(
             f"config.mesh is data={config.data} x expert={config.expert}, which does not divide the "
-            f"{len(devices)} devices; choose sizes whose product is {len(devices)}, or -1 for one of them."
+            f"{num_devices} devices; choose sizes whose product is {num_devices}, or -1 for one of them."
         )
-    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    sizes = {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
     count = math.prod(sizes.values())
-    if count != len(devices):
+    if count != num_devices:
         raise config_lib.UserError(
-            f"config.mesh uses {count} of {len(devices)} devices (data={sizes['data']} x expert={sizes['expert']}); "
+            f"config.mesh uses {count} of {num_devices} devices (data={sizes['data']} x expert={sizes['expert']}); "
             f"set config.mesh.data=-1 to use them all, or hide the others."
         )
-    # Auto axis types: Explicit, the default, refuses gathers, sorts and cumsums over a sharded dim.
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return tuple(sizes.values())
 
 
 def letters(name: str) -> str:

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import pathlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -36,6 +36,8 @@ from moe_embed.load import (
 )
 from moe_embed.model import mlm_head
 
+WARM_UP = 2  # steps before a trace: they compile
+
 # What a rerun may say otherwise. The data itself is compared by content: the fingerprint beside each checkpoint.
 MAY_CHANGE = (
     "data.sources",
@@ -58,23 +60,40 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, help="a config file, as in configs/demo.py or configs/demo.py:tiny")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="made if absent, continued if not")
     parser.add_argument("--init_from", help="start from this model: its parameters, shape, tokenizer and prompts")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="trace N steps to WORKDIR/profile, for xprof"
+    )
     cluster.add_flags(parser)
     arguments, overrides = parser.parse_known_args(argv)
+    if arguments.profile < 0:
+        raise UserError(f"--profile={arguments.profile} must be a number of steps.")
     cluster.start(
         coordinator=arguments.coordinator, num_processes=arguments.num_processes, process_id=arguments.process_id
     )
     explicit = {override.partition("=")[0].removeprefix("--config.") for override in overrides}
     config = config_lib.load(arguments.config, overrides)
-    train(config, workdir=arguments.workdir, init_from=arguments.init_from, explicit=explicit)
+    train(
+        config,
+        workdir=arguments.workdir,
+        init_from=arguments.init_from,
+        explicit=explicit,
+        profile=arguments.profile,
+    )
 
 
 def train(
-    config: Config, *, workdir: pathlib.Path, init_from: str | None = None, explicit: Collection[str] = ()
+    config: Config,
+    *,
+    workdir: pathlib.Path,
+    init_from: str | None = None,
+    explicit: Collection[str] = (),
+    profile: int = 0,
 ) -> None:
     """Run `config` to its last step in `workdir`, from the newest verified checkpoint if there is one.
 
     A run that begins takes parameters, shape, tokenizer and prompts from the model at `init_from`, if one is named;
     `explicit` are the names ("encoder.dim") that the user set and that must then agree. A run that continues has its own.
+    `profile` steps, after the first WARM_UP, are traced for xprof.
     Of several processes (cluster.start) all call this; process 0 alone writes, but for the checkpoints' arrays.
     """
     agreement.check(config, others={"--workdir": str(workdir), "--init_from": init_from})
@@ -123,7 +142,8 @@ def train(
             writer.evaluation(0, measure())  # what the run begins with: else nobody knows what it was good for
         step_of_size = {}  # compiled, by the number of micro-batches
         unwritten = None  # the step before: its metrics are fetched while the device runs this one
-        for step, batch in enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first):
+        steps = enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first)
+        for step, batch in traced(steps, workdir / "profile", count=profile if jax.process_index() == 0 else 0):
             arrays = sharding.put_batch(batch.arrays, mesh=mesh)  # every process has made the whole batch
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:
@@ -146,6 +166,25 @@ def train(
                 checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
                 writer.lap()
     print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
+
+
+def traced(items: Iterable, folder: pathlib.Path, *, count: int) -> Iterator:
+    """Pass `items` on; while the `count` of them after the first WARM_UP are worked on, trace to `folder`."""
+    tracing = False
+    try:
+        for i, item in enumerate(items):
+            if count and i == WARM_UP:
+                jax.profiler.start_trace(str(folder))
+                tracing = True
+            elif tracing and i == WARM_UP + count:
+                jax.profiler.stop_trace()
+                tracing = False
+                print(f"traced {count} steps to {folder}; look at them with xprof.")
+            yield item
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
+            print(f"traced to {folder}, up to the end of the run; look at it with xprof.")
 
 
 def same_beginning(
@@ -259,7 +298,7 @@ def compile_step(prog: program.Program, state: dict, arrays: dict, writer: metri
 
 def say_what_will_run(config: Config, prog: program.Program, batches: batches_lib.Batches) -> None:
     """A few lines a person reads before the bar starts: devices, parameters, data."""
-    total, active = count_parameters(prog.abstract_state["params"], config)
+    total, active = program.count_parameters(prog.abstract_state["params"], config)
     mesh = " x ".join(f"{axis}={size}" for axis, size in prog.mesh.shape.items())
     print(
         f"devices     {prog.mesh.size} x {prog.mesh.devices.flat[0].device_kind}, mesh {mesh}, {config.encoder.dtype}"
@@ -272,16 +311,6 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
     if config.optim.warmup_steps >= config.run.steps:
         print(f"warm-up     {config.optim.warmup_steps} steps: this run ends before the learning rate reaches its peak")
     print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
-
-
-def count_parameters(params: dict, config: Config) -> tuple[int, int]:
-    """All parameters, and those that take part for one token: without the experts it does not visit."""
-    total = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        total += leaf.size
-        is_expert = "E" in sharding.letters(path[-1].key) and "F" in sharding.letters(path[-1].key)
-        active += leaf.size * config.moe.top_k // config.moe.num_experts if is_expert else leaf.size
-    return total, active
 
 
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:

@@ -18,7 +18,8 @@ jax.config.update("jax_compilation_cache_dir", cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "sentence_transformers"))
-collect_ignore = [] if HAS_TORCH else ["parity"]
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+collect_ignore = [name for name, there in (("parity", HAS_TORCH), ("aot", HAS_LIBTPU)) if not there]
 
 
 def pytest_addoption(parser):
@@ -60,7 +61,9 @@ def _has_gpu() -> bool:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Without the [torch] extra the last lines of a run say what that costs."""
+    """Without the [torch] or the [tpu] extra the last lines of a run say what that costs."""
+    if not HAS_LIBTPU:
+        terminalreporter.write_line("NOT RUN: tests/aot, because libtpu is absent (the tpu extra)")
     if not HAS_TORCH:
         terminalreporter.write_line(
             "NOT RUN: tests/parity, because torch, transformers or sentence-transformers is absent"

@@ -11,7 +11,6 @@ import json, resource, sys
 import jax
 from moe_embed import config as config_lib
 from moe_embed import program, sharding
-from moe_embed.train import count_parameters
 from tests import tiny
 
 small = ("data.batch_size=2", "data.rows=2", "data.row_length=32", "data.query_length=32", "data.document_length=32",
@@ -20,7 +19,7 @@ c = config_lib.load("configs/nomic_v2/finetune.py:paper", [f"--config.{change}" 
 mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
 prog = program.build(c, mesh)
 state, metrics = prog.step(prog.init(), sharding.put_batch(tiny.batches(c).batch_at(0).arrays, mesh=mesh))
-total, active = count_parameters(prog.abstract_state["params"], c)
+total, active = program.count_parameters(prog.abstract_state["params"], c)
 print(json.dumps({"total": total, "active": active, "loss": float(metrics["loss"]), "step": int(state["step"]),
                   "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 """

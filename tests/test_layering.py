@@ -22,9 +22,10 @@ LAYERS = (
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "hf_config", "hf_folder",
-     "tokenizer_json", "model_card", "load"},
+     "tokenizer_json", "model_card", "load", "hlo", "hlo_count",
+     "topology", "estimate", "ahead", "bars"},
     {""},  # moe_embed/__init__.py: the public names
-    {"train", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "soup", "upcycle", "doctor"},  # the verbs
+    {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "soup", "upcycle", "doctor"},  # the verbs
 )  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FENCES = {

@@ -47,10 +47,28 @@ def test_the_workdir_describes_itself(whole, config):
     assert set(description["versions"]) >= {"jax", "flax"}
 
 
+def test_a_profile_is_of_the_steps_after_the_first_two(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: said.append(f"start {folder}"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: said.append("stop"))
+    for item in train.traced(range(6), pathlib.Path("p"), count=3):
+        said.append(item)
+    assert said == [0, 1, "start p", 2, 3, 4, "stop", 5]
+    said.clear()
+    assert [said.append(item) for item in train.traced(range(4), pathlib.Path("p"), count=5)]
+    assert said == [0, 1, "start p", 2, 3, "stop"]
+    assert "up to the end" in capsys.readouterr().out
+    said.clear()
+    assert list(train.traced(range(3), pathlib.Path("p"), count=0)) == [0, 1, 2]
+    assert said == []
+
+
 def test_an_interrupted_run_continues_to_the_same_weights(whole, config, tmp_path, capsys):
     """Killed after step 4's checkpoint: what lies beyond it is gone, and the rerun ends bit for bit where the whole did."""
     workdir = tmp_path / "w"
-    train.train(config, workdir=workdir)
+    train.train(config, workdir=workdir, profile=2)  # which changes nothing
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
+    assert "traced 2 steps" in capsys.readouterr().out
     (workdir / "checkpoints" / "8" / checkpoint.MANIFEST).unlink()  # as if killed during the last save
     capsys.readouterr()
     train.train(config, workdir=workdir)
@@ -241,7 +259,7 @@ def test_every_missing_file_is_named(config):
 
 def test_parameters_are_counted_as_a_token_meets_them(config):
     mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
-    total, active = train.count_parameters(program.build(config, mesh).abstract_state["params"], config)
+    total, active = program.count_parameters(program.build(config, mesh).abstract_state["params"], config)
     expert = 2 * config.encoder.dim * config.encoder.ffn_dim
     assert total - active == 6 * expert
 

@@ -1,0 +1,49 @@
+"""Stacked bars of bytes against a limit: as text for a terminal, and as an SVG that needs nothing else."""
+
+import html
+from collections.abc import Mapping
+
+GIB = 2**30
+COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#97bbf5", "#9c6b4e")
+
+
+def as_text(parts: Mapping[str, float], *, limit: float, width: int = 100) -> list[str]:
+    """A line a part, with its bytes and its share of the limit, and one bar of all of them with the limit as "|"."""
+    scale = (width - 31) / max(limit, sum(parts.values()))
+    lines, bar, total = [], "", 0.0
+    for i, (name, size) in enumerate(parts.items()):
+        mark = "#=+-*%@"[i % 7]
+        lines.append(f"  {name:<14}{size / GIB:8.2f} GiB  {mark * max(round(size * scale), size > 0)}")
+        total += size
+        bar += mark * (round(total * scale) - len(bar))
+    place = round(limit * scale)
+    bar = bar.ljust(place)
+    return [*lines, f"  {'all':<14}{total / GIB:8.2f} GiB  {bar[:place]}|{bar[place:]}"]
+
+
+def as_svg(parts: Mapping[str, float], *, limit: float, title: str) -> str:
+    """One stacked bar with a legend; the limit is a line across it."""
+    width, left, top, height = 720, 20, 54, 46
+    total = sum(parts.values())
+    scale = (width - 2 * left) / (1.05 * max(limit, total))
+    shapes, x = [], float(left)
+    for i, (name, size) in enumerate(parts.items()):
+        color, label = COLORS[i % len(COLORS)], f"{name} {size / GIB:.2f} GiB"
+        shapes.append(
+            f'<rect x="{x:.1f}" y="{top}" width="{size * scale:.1f}" height="{height}" fill="{color}">'
+            f"<title>{html.escape(label)}</title></rect>"
+        )
+        row, column = divmod(i, 3)
+        cx, cy = left + 230 * column, top + height + 44 + 22 * row
+        shapes.append(f'<rect x="{cx}" y="{cy - 11}" width="12" height="12" fill="{color}"/>')
+        shapes.append(f'<text x="{cx + 18}" y="{cy}">{html.escape(label)}</text>')
+        x += size * scale
+    at = left + limit * scale
+    shapes.append(f'<path d="M{at:.1f} {top - 8}V{top + height + 8}" stroke="#000" stroke-width="2"/>')
+    shapes.append(f'<text x="{at:.1f}" y="{top + height + 22}" text-anchor="end">limit {limit / GIB:.2f} GiB</text>')
+    bottom = top + height + 44 + 22 * -(-len(parts) // 3)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom}" viewBox="0 0 {width} {bottom}" '
+        f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
+        f'<text x="{left}" y="26" font-size="15">{html.escape(title)}</text>{"".join(shapes)}</svg>\n'
+    )
