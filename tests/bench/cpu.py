@@ -154,13 +154,14 @@ def length_mix(folder: pathlib.Path, peers: Peers, size: Size) -> tuple[list[Row
     (rows, length), chunk = size.mix_rows, 32
     c = workloads.train_config(size, pairs=size.mix_pairs, rows=rows, row_length=length, texts_per_row=64)
     training, weighted, useful, padded = Training(c, folder, peers), {}, 0.0, 0.0
+    rounds = max(size.rounds - 1, 1)  # three batches a round
     for i, (name, share) in enumerate(workloads.SHIPPED.items()):
         batch = workloads.make_batch(c, workloads.distinct(workloads.shipped_pairs(name), size.mix_pairs))
         training.warm_up(batch, compare=i == 0)
         lengths = [list(map(len, texts)) for texts in batch[1:]]
         tokens, room = sum(map(sum, lengths)), sum(len(part) * max(part) for part in lengths)
-        say(f"training, {name}: {tokens:,} useful tokens, {batch[0]['tokens_MBL'].size:,} packed, {room:,} padded")
-        for side, times in ratios.interleaved(training.sides(batch, chunk=chunk), rounds=size.rounds).items():
+        say(f"training, {name}: {tokens:,} useful tokens in {batch[0]['tokens_MBL'].size:,} packed, {room:,} padded")
+        for side, times in ratios.interleaved(training.sides(batch, chunk=chunk), rounds=rounds).items():
             weighted[side] = weighted.get(side, 0) + share * np.array(times)
         useful, padded = useful + share * tokens, padded + share * room
     rate = {name: useful / float(np.median(times)) for name, times in weighted.items()}

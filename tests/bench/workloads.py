@@ -18,7 +18,7 @@ from moe_embed.model import encoder as encoder_lib
 
 SAMPLE = pathlib.Path(moe_embed.__file__).parent / "sample"
 PROMPTS = {"query": "search_query: ", "document": "search_document: "}
-SHIPPED = {"crosslingual": 0.5, "monolingual": 0.3, "titles": 0.2}  # the demo's shares
+SHIPPED = {"titles": 0.2, "crosslingual": 0.5, "monolingual": 0.3}  # the demo's shares; the shortest first
 
 
 @dataclasses.dataclass(frozen=True)
