@@ -248,6 +248,7 @@ def main(argv: Sequence[str]) -> None:
         verb.check_output(arguments.output, "--output")
     size = workloads.QUICK if arguments.quick else workloads.FULL
     size = size if arguments.rounds is None else dataclasses.replace(size, rounds=arguments.rounds)
+    os.environ["NPROC"] = str(ratios.threads())  # what XLA's CPU client starts, read when it is made
     facts = ratios.machine(", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:

@@ -51,7 +51,7 @@ def differences(folder: str, texts: Sequence[str], counts: Sequence[int] = COUNT
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("NPROC", "32")  # a device that waits in a collective holds a thread
+    os.environ["NPROC"] = "32"  # a device that waits in a collective holds a thread
     import jax
 
     jax.config.update("jax_num_cpu_devices", max(COUNTS))

@@ -59,7 +59,7 @@ def measure(sizes: tuple[int, ...], *, dim: int, rounds: int, torch_loss) -> tup
     size = sizes[-1]
     rng = np.random.default_rng(0)
     query = rng.normal(size=(size, dim)).astype(np.float32)
-    document = query + rng.normal(size=(size, dim)).astype(np.float32)
+    document = query / 8 + rng.normal(size=(size, dim)).astype(np.float32)
     ids = Ids(*(jnp.arange(size, dtype=jnp.int32) for _ in range(2)))
     arguments = jnp.asarray(query), jnp.asarray(document), ids
     five = tuple(round(part * dim) for part in PREFIXES)
