@@ -1,7 +1,8 @@
 """What is optimised: (params, batch) -> (loss, metrics). Runs inside program's shard_map, on this device's rows.
 
 Encoding is a scan over micro-batches. With `run.recompute` each is under jax.checkpoint, which is GradCache (arXiv
-2101.06983) without its machinery: the backward pass encodes again, one micro-batch at a time, the loss saw all texts.
+2101.06983) without its machinery: the backward pass encodes again, one micro-batch at a time, the loss saw all texts. Of the
+micro-batch in hand it keeps the results of products, and computes once more what lies between them.
 """
 
 import jax
@@ -28,8 +29,8 @@ def encode(
     """
 
     def micro_batch(params, rows):
-        tokens_BL, segments_BL, positions_BL = rows
-        hidden_BLD, sums = encoder.apply(params, tokens_BL, segments_BL, positions_BL, c=c, moe=moe)
+        hidden_BLD, sums = encoder.apply(params, *rows, c=c, moe=moe, recompute=recompute)
+        segments_BL = rows[1]
         num_tokens = (segments_BL > 0).sum().astype(jnp.float32)
         return layers.mean_pool(hidden_BLD, segments_BL, num_segments=num_segments), sums, num_tokens
 
@@ -93,8 +94,9 @@ def mlm(params: dict, batch: dict, *, config: config_lib.Config, num_ids: int | 
     num_ids = c.vocab_size if num_ids is None else num_ids
 
     def micro_batch(params, rows):
-        tokens_BL, segments_BL, positions_BL, place_BZ, target_BZ = rows
-        hidden_BLD, sums = encoder.apply(params, tokens_BL, segments_BL, positions_BL, c=c, moe=config.moe)
+        *rows, place_BZ, target_BZ = rows
+        segments_BL = rows[1]
+        hidden_BLD, sums = encoder.apply(params, *rows, c=c, moe=config.moe, recompute=config.run.recompute)
         hidden_TD = jnp.take_along_axis(hidden_BLD, place_BZ[..., None], axis=1).reshape(-1, c.dim)
         target_T = target_BZ.reshape(-1)
         word_VD = params["embedding"]["word_VD"]

@@ -177,11 +177,13 @@ def test_loss_and_gradients_do_not_depend_on_rows_micro_batches_and_recomputing(
 
 def test_experts_are_really_split_over_the_mesh(eight_devices):
     mesh = sharding.make_mesh(config_lib.Mesh(data=2, expert=4))
-    state = program.build(tiny.config(), mesh).init()
-    w = state["params"]["unit"]["1"]["moe"]["w_up_REDF"]
-    assert {shard.data.shape for shard in w.addressable_shards} == {(2, 2, 16, 32)}
-    moments = state["optimizer"][1][0].mu["unit"]["1"]["moe"]["w_up_REDF"]
-    assert {shard.data.shape for shard in moments.addressable_shards} == {(2, 2, 8, 32)}  # ZeRO: D over data too
+    prog = program.build(tiny.config(), mesh)
+    state = prog.init()
+    shapes = lambda params: {  # noqa: E731
+        shard.data.shape for shard in params["unit"]["1"]["moe"]["w_up_REDF"].addressable_shards
+    }
+    assert shapes(state["params"]) == shapes(state["optimizer"][1][0].mu) == {(2, 2, 8, 32)}  # ZeRO: D over data too
+    assert shapes(prog.assemble(state["params"])) == {(2, 2, 16, 32)}
 
 
 def test_gradients_are_summed_over_devices_outside_of_every_loop(eight_devices):
@@ -207,6 +209,23 @@ def test_recompute_is_what_checkpoints_the_micro_batches(recompute):
     params = jax.eval_shape(lambda: encoder.init(c.encoder, c.moe, key=jax.random.key(0)))
     text = str(jax.make_jaxpr(lambda p: objectives.contrastive(p, batch, config=c)[0])(params))
     assert ("checkpoint" in text or "remat" in text) == recompute
+
+
+def test_recomputing_keeps_the_products_and_computes_what_lies_between_them_again():
+    """Nothing is multiplied more than twice forwards; the error functions are computed once more."""
+    counts = {}
+    for recompute in (False, True):
+        c = tiny.config(run={"recompute": recompute})
+        batch = {name: jnp.array(array) for name, array in tiny.batches(c).batch_at(0).arrays.items()}
+        params = jax.eval_shape(lambda c=c: encoder.init(c.encoder, c.moe, key=jax.random.key(0)))
+        f = jax.grad(lambda p, b, c=c: objectives.contrastive(p, b, config=c)[0])
+        text = jax.jit(f).lower(params, batch).as_text()
+        counts[recompute] = {op: text.count(f"{op} ") for op in ("stablehlo.dot_general", "chlo.erf", "stablehlo.sort")}
+    plain, again = counts[False], counts[True]
+    assert again["chlo.erf"] > plain["chlo.erf"]
+    # One encoding more: qkv, out, up, down, scores and values of its two blocks, the router's, the pooling; and the scores.
+    assert again["stablehlo.dot_general"] - plain["stablehlo.dot_general"] <= 14 + 2
+    assert again["stablehlo.sort"] == 2 * plain["stablehlo.sort"]
 
 
 def test_steps_lower_the_loss_and_count():

@@ -10,6 +10,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 with warnings.catch_warnings():  # since jax 0.11 Pallas for Triton warns that it will go (CONTRIBUTING.md, Decisions)
@@ -18,6 +19,7 @@ with warnings.catch_warnings():  # since jax 0.11 Pallas for Triton warns that i
 
 BLOCK = 512  # queries whose scores are held at once
 LANES = 128  # rows of the kernels are a multiple of this
+KEPT = "product"  # the name of what a backward pass is not to compute again
 MASKED = -1e30  # as a score: exp() of it is 0 in float32
 
 
@@ -44,7 +46,7 @@ def in_blocks(q_BLHK, k_BJHK, v_BJHK, segments_BL) -> jax.Array:
         same_BLJ = segments_BL[:, :, None] == segments_BJ[:, None, :]
         scores_BHLJ = jnp.where(same_BLJ[:, None], scores_BHLJ * scale, MASKED)
         weights_BHLJ = jax.nn.softmax(scores_BHLJ, axis=-1).astype(q_BLHK.dtype)
-        return jnp.einsum("BHLJ,BJHK->BLHK", weights_BHLJ, v_BJHK)
+        return checkpoint_name(jnp.einsum("BHLJ,BJHK->BLHK", weights_BHLJ, v_BJHK), KEPT)
 
     size = next((size for size in range(BLOCK, 0, -1) if length % size == 0), length) if length > BLOCK else length
     if size == length:
@@ -71,7 +73,9 @@ def _splash(length: int, heads: int, interpret: bool):
     sizes = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
                               use_fused_bwd_kernel=True)  # fmt: skip
     mask = splash.MultiHeadMask([splash.FullMask((length, length))] * heads)
-    return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return splash.make_splash_mha_single_device(
+        mask, block_sizes=sizes, residual_checkpoint_name=KEPT, interpret=interpret
+    )
 
 
 def on_gpu(q_BLHK, k_BJHK, v_BJHK, segments_BL, *, interpret: bool = False) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from moe_embed import config as config_lib
-from moe_embed.model import layers, mlm_head
+from moe_embed.model import attention, layers, mlm_head
 from moe_embed.model import moe as moe_lib
 
 
@@ -67,7 +67,9 @@ class Encoder(nnx.Module):
 
         self.unit = make_units(rngs)
 
-    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array):
+    def __call__(
+        self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, *, recompute: bool = False
+    ):
         angles = None
         if self.c.position == "rotary":
             head_dim = self.c.dim // self.c.num_heads
@@ -77,6 +79,9 @@ class Encoder(nnx.Module):
         def one_unit(x_BLD, state):
             return nnx.merge(unit_graph, state)(x_BLD, segments_BL, angles)
 
+        if recompute:
+            policy = jax.checkpoint_policies.save_only_these_names(attention.KEPT)
+            one_unit = jax.checkpoint(one_unit, policy=policy, prevent_cse=False)  # a scan's body is apart anyway
         return jax.lax.scan(one_unit, self.embedding(tokens_BL, positions_BL), unit_state)
 
 
@@ -96,13 +101,24 @@ def init(c: config_lib.Encoder, moe: config_lib.Moe, *, key: jax.Array, with_hea
     return params | {"head": mlm_head.init(c, key=jax.random.fold_in(key, 1))} if with_head else params
 
 
-def apply(params: dict, tokens_BL, segments_BL, positions_BL, *, c: config_lib.Encoder, moe: config_lib.Moe):
+def apply(
+    params: dict,
+    tokens_BL,
+    segments_BL,
+    positions_BL,
+    *,
+    c: config_lib.Encoder,
+    moe: config_lib.Moe,
+    recompute: bool = False,
+):
     """Run the encoder.
 
     Args:
       params: nested dict of named arrays, as `init` returns them; a `head` has no part in this.
       tokens_BL: int32 ids. segments_BL: int32, texts of a row numbered from 1, 0 is padding. positions_BL: int32,
         counted from 0 in each text.
+      recompute: keep of each layer the results of its products alone for the backward pass, which computes norms, GELU,
+        rotations and the order of rows again: a third of the memory, and no product twice.
 
     Returns:
       hidden_BLD in c.dtype, and moe.RouterSums of [R, E] (None for a dense encoder).
@@ -111,7 +127,7 @@ def apply(params: dict, tokens_BL, segments_BL, positions_BL, *, c: config_lib.E
     state = nnx.merge_state(state)  # a copy: replace_by_pure_dict writes into it
     params = {name: value for name, value in params.items() if name != "head"}
     nnx.replace_by_pure_dict(state, _rename(params, stacked=False, rename=_without_repeats))
-    return nnx.merge(graph, state)(tokens_BL, segments_BL, positions_BL)
+    return nnx.merge(graph, state)(tokens_BL, segments_BL, positions_BL, recompute=recompute)
 
 
 def _rename(tree: dict, *, stacked: bool, rename) -> dict:

@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_embed import config as config_lib
 from moe_embed.model import attention
@@ -17,6 +18,11 @@ from moe_embed.model import attention
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
     """A weight drawn from N(0, 1 / fan_in): unit variance in, unit variance out, at any width."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
+
+
+def product(dims: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """An einsum whose result is kept for the backward pass where other results are computed again (encoder.apply)."""
+    return checkpoint_name(jnp.einsum(dims, x, w), attention.KEPT)
 
 
 def standardise(x: jax.Array, *, epsilon: float) -> jax.Array:
@@ -83,12 +89,12 @@ class Attention(nnx.Module):
     def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array, angles) -> jax.Array:
         """`angles` are rotary_angles' cos and sin, or None where positions are learned."""
         dtype = x_BLD.dtype
-        qkv_GBLHK = jnp.einsum("BLD,DGHK->GBLHK", x_BLD, self.w_qkv_DGHK[...].astype(dtype))
+        qkv_GBLHK = product("BLD,DGHK->GBLHK", x_BLD, self.w_qkv_DGHK[...].astype(dtype))
         q_BLHK, k_BJHK, v_BJHK = qkv_GBLHK + self.b_qkv_GHK[...].astype(dtype)[:, None, None]
         if angles is not None:
             q_BLHK, k_BJHK = rotate(q_BLHK, *angles), rotate(k_BJHK, *angles)
         mixed_BLHK = attention.attend(q_BLHK, k_BJHK, v_BJHK, segments_BL)
-        out_BLD = jnp.einsum("BLHK,HKD->BLD", mixed_BLHK, self.w_out_HKD[...].astype(dtype))
+        out_BLD = product("BLHK,HKD->BLD", mixed_BLHK, self.w_out_HKD[...].astype(dtype))
         return out_BLD + self.b_out_D[...].astype(dtype)
 
 
@@ -120,9 +126,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         dtype = x_BLD.dtype
-        up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, self.w_up_DF[...].astype(dtype)) + self.b_up_F[...].astype(dtype)
+        up_BLF = product("BLD,DF->BLF", x_BLD, self.w_up_DF[...].astype(dtype)) + self.b_up_F[...].astype(dtype)
         up_BLF = gelu(up_BLF)
-        down_BLD = jnp.einsum("BLF,FD->BLD", up_BLF, self.w_down_FD[...].astype(dtype))
+        down_BLD = product("BLF,FD->BLD", up_BLF, self.w_down_FD[...].astype(dtype))
         return down_BLD + self.b_down_D[...].astype(dtype)
 
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_embed import config as config_lib
 from moe_embed import sharding
+from moe_embed.model import attention, layers
 from moe_embed.model import grouped_matmul as gm
-from moe_embed.model import layers
 
 
 class RouterSums(NamedTuple):
@@ -121,6 +122,7 @@ class Moe(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, segments_BL: jax.Array) -> tuple[jax.Array, RouterSums]:
         dtype = x_BLD.dtype
+        keep = lambda tree: jax.tree.map(lambda x: checkpoint_name(x, attention.KEPT), tree)  # noqa: E731
         x_TD, real_T = x_BLD.reshape(-1, x_BLD.shape[-1]), segments_BL.reshape(-1) > 0
         w_router_ED = sharding.gather(self.w_router_ED[...], "E")  # every token is scored against all experts
         expert_TA, weight_TA, sums = route(x_TD, real_T, w_router_ED, top_k=self.top_k)
@@ -128,11 +130,11 @@ class Moe(nnx.Module):
 
         num_local = w_up_EDF.shape[0]  # inside shard_map this device holds its part of the experts, and runs those
         x_TD, expert_TA, weight_TA = (sharding.gather(x, "E") for x in (x_TD, expert_TA, weight_TA))
-        dispatch = plan_dispatch(expert_TA - sharding.index("E") * num_local, num_experts=num_local)
+        dispatch = keep(plan_dispatch(expert_TA - sharding.index("E") * num_local, num_experts=num_local))
         with jax.named_scope("grouped_matmul"):  # by this name hlo_count's caller knows its loops
             up_XF = gm.grouped_matmul(to_rows(x_TD, dispatch), w_up_EDF, dispatch.tile_expert, dispatch.num_tiles)
-            up_XF = layers.gelu(up_XF)
-            down_XD = gm.grouped_matmul(up_XF, w_down_EFD, dispatch.tile_expert, dispatch.num_tiles)
+            up_XF = layers.gelu(keep(up_XF))
+            down_XD = keep(gm.grouped_matmul(up_XF, w_down_EFD, dispatch.tile_expert, dispatch.num_tiles))
         y_TD = (from_rows(down_XD, dispatch) * weight_TA[..., None].astype(dtype)).sum(1)
         y_TD = sharding.scatter(y_TD, "E")
         return y_TD.reshape(x_BLD.shape) + self.b_out_D[...].astype(dtype), sums
