@@ -97,11 +97,15 @@ def _working(params: dict, mesh) -> dict:
 
 
 def activation_bytes(config: config_lib.Config) -> float:
-    """Kept for the backward pass of one token of a micro-batch, if scores are not: each product's input, norms' inputs."""
+    """Kept for the backward pass of one token of a micro-batch, if scores are not: what products and norms took in.
+
+    With recomputation what a layer took in and its products' results alone (encoder.apply).
+    """
     c, moe = config.encoder, config.moe
-    mixtures = num_mixtures(config)
-    dense = 8 * c.dim + 2 * c.ffn_dim
-    mixture = (6 + 2 * moe.top_k) * c.dim + 2 * moe.top_k * c.ffn_dim
+    d, f, k, mixtures = c.dim, c.ffn_dim, moe.top_k, num_mixtures(config)
+    dense, mixture = (
+        (7 * d + f, 6 * d + k * (d + f)) if config.run.recompute else (8 * d + 2 * f, 6 * d + 2 * k * (d + f))
+    )
     return BYTES[c.dtype] * ((c.num_layers - mixtures) * dense + mixtures * mixture)
 
 

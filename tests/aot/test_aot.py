@@ -65,12 +65,14 @@ def test_slices_have_the_chips_of_their_name(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v5e-4", "v6e-4", "v5p-8"])
-def test_flops_do_not_depend_on_how_a_batch_is_cut(name):
+def test_flops_do_not_depend_on_how_a_batch_is_cut():
     whole, cut = (
-        plan.plan(tiny(f"data.rows={rows}", "data.batch_size=1024"), topology.find(name), tokens_a_pair=64)
-        for rows in (128, 16)
+        plan.plan(
+            tiny(f"data.rows={rows}", "data.batch_size=8192", "moe.num_experts=2"),
+            topology.find("v5e-4"),
+            tokens_a_pair=64,
+        )
+        for rows in (1024, 128)
     )
     assert (whole["step"]["micro_batches"], cut["step"]["micro_batches"]) == (1, 8)
-    experts = 0.5 * 8 * 128 / (16 * 128 * 2)  # of their part: half a tile an expert, that much more often
-    assert cut["flops"]["compiled"] == pytest.approx(whole["flops"]["compiled"], rel=0.02 + experts * 0.5)
+    assert cut["flops"]["compiled"] == pytest.approx(whole["flops"]["compiled"], rel=0.02)
