@@ -36,18 +36,11 @@ class Compiled(NamedTuple):
     """A step that XLA takes."""
 
     seconds: float  # that compiling took
-    arguments: int  # bytes on a device, and so on
-    temporaries: int
-    outputs: int
-    aliased: int  # outputs in the place of arguments
-    peak_by_xla: int  # its own figure: less than `peak` where temporaries leave gaps
+    peak: int  # bytes on a device: arguments and all that lives beside them at the fullest moment; gaps between buffers are not in it
+    arguments: int
+    temporaries: int  # by XLA's summary, which counts more than its own buffer assignment
     count: hlo_count.Count | None  # None: this libtpu's program cannot be read back
     note: str
-
-    @property
-    def peak(self) -> int:
-        """Bytes on a device: all that is allocated for the step. XLA itself refuses by the temporaries alone."""
-        return self.arguments + self.temporaries + self.outputs - self.aliased
 
 
 class Refused(NamedTuple):
@@ -114,8 +107,7 @@ def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> C
         needed = refusal(str(error))
         if needed is None:
             raise UserError(f"XLA does not compile this step: {str(error)[:400]}") from error
-        held = _bytes(prog.abstract_state) + _bytes(batch) if "temporaries" in str(error) else 0
-        return Refused(time.perf_counter() - start, needed[0] + held, needed[1])
+        return Refused(time.perf_counter() - start, *needed)
     stats = compiled.memory_analysis()
     count, note = None, ""
     try:
@@ -125,8 +117,8 @@ def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> C
     else:
         count = count_step(text, prog)
     return Compiled(
-        time.perf_counter() - start, stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
-        stats.alias_size_in_bytes, stats.peak_memory_in_bytes, count, note,
+        time.perf_counter() - start, stats.peak_memory_in_bytes, stats.argument_size_in_bytes, stats.temp_size_in_bytes,
+        count, note,
     )  # fmt: skip
 
 
@@ -142,12 +134,8 @@ def _uncached():
         jax.config.update(name, before)
 
 
-def _bytes(tree) -> float:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def refusal(message: str) -> tuple[float, float] | None:
-    """Bytes (needed, available) of HBM in XLA's words; needed is of temporaries alone where it says so. None: other words."""
+    """Bytes (needed, available) of HBM in XLA's words; what it calls temporaries has the arguments in it. None: other words."""
     size = r"([\d.]+)([KMGT]?)i?B?"
     for pattern in (rf"temporaries \({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
         found = re.search(pattern, message)

@@ -62,11 +62,11 @@ def works(*kernels, unknown=()) -> hlo_count.Count:
 
 def test_what_xla_took_and_what_it_refused():
     parts = {"parameters": 2.0 * GIB, "activations": 5.0 * GIB, "loss": 1.0 * GIB}
-    taken = ahead.Compiled(1.0, 2 * GIB, 7 * GIB, 2 * GIB, 2 * GIB, 8 * GIB, works(), "")
+    taken = ahead.Compiled(1.0, 9 * GIB, 2 * GIB, 8 * GIB, works(), "")
     found = plan.memory_of(taken, parts, limit=16.0 * GIB)
     assert (found["peak"], found["source"]) == (9 * GIB, "compiled")
     assert found["bars"] == parts | {"activations": 6.0 * GIB}  # what the others do not explain
-    assert found["xla"]["peak_by_xla"] == 8 * GIB
+    assert found["xla"] == {"arguments": 2 * GIB, "temporaries": 8 * GIB}
     refused = plan.memory_of(ahead.Refused(1.0, 20.0 * GIB, 15.75 * GIB), parts, limit=16.0 * GIB)
     assert (refused["peak"], refused["limit"]) == (20 * GIB, 15.75 * GIB)
     assert refused["bars"]["activations"] == 17 * GIB
@@ -77,17 +77,17 @@ def test_kernels_that_nobody_can_count_are_said():
     other = hlo_count.Work("mystery", "f/mystery", 4.0)
     count = works(known, known, unknown=(other,))
     assert plan.custom_calls(count) == {"gmm": {"calls": 6.0, "flops": 60.0}, "mystery": {"calls": 4.0, "flops": None}}
-    notes = plan.notes_of(ahead.Compiled(1.0, 1, 1, 1, 1, 1, count, ""))
+    notes = plan.notes_of(ahead.Compiled(1.0, 1, 1, 1, count, ""))
     assert notes == ["NOT COUNTED: the custom call mystery (f/mystery), 4 times a step"]
     assert "refuses" in plan.notes_of(ahead.Refused(1.0, 2.0, 1.0))[0]
-    assert plan.notes_of(ahead.Compiled(1.0, 1, 1, 1, 1, 1, None, "unreadable")) == ["unreadable"]
+    assert plan.notes_of(ahead.Compiled(1.0, 1, 1, 1, None, "unreadable")) == ["unreadable"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "activations", "other", "words"),
     [
         ((), 12, 6, "--config.data.rows=16, 64 micro-batches"),
-        ((), 17, 6, "--config.data.rows=8, 128 micro-batches"),
+        ((), 18, 6, "--config.data.rows=8, 128 micro-batches"),
         ((), 5, 16, "--topology=v5e-16"),
         (("--config.run.recompute=false",), 100, 5, "--topology=v5e-16"),
         (("--config.run.recompute=false",), 15, 6, "--config.run.recompute=true"),
@@ -115,7 +115,7 @@ def test_a_step_that_does_not_fit_a_gpu(monkeypatch):
     made = plan.plan(paper(), dataclasses.replace(topology.find("8xH100"), chip=small))
     assert made["fits"] is False
     assert re.fullmatch(
-        r"does not fit: \d+\.\d of 7\.5 GiB; try --config\.data\.rows=\d, \d+ micro-batches", made["verdict"]
+        r"does not fit: \d+\.\d of 7\.5 GiB; try --config\.data\.rows=\d+, \d+ micro-batches", made["verdict"]
     )
 
 
