@@ -27,7 +27,7 @@ DESCRIPTION = (
 )
 TEXTS_PER_ROW = 16
 ROW_TOKENS = 4096  # tokens a device encodes at once
-MIN_ROW = 64
+MIN_ROW = 32
 
 
 @dataclasses.dataclass(frozen=True)

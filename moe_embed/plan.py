@@ -128,7 +128,7 @@ def memory_of(compiled: ahead.Compiled | ahead.Refused | None, parts: Mapping[st
         "bars": dict(parts) | {"activations": max(rest, 0.0)},
     }
     if not refused:
-        found["xla"] = {"arguments": compiled.arguments, "temporaries": compiled.temporaries}
+        found["xla"] = {name: getattr(compiled, name) for name in ("arguments", "temporaries", "outputs", "aliased")}
     return found
 
 

@@ -12,14 +12,15 @@ E, D, F = 3, 16, 24
 
 def layout(counts):
     """tile_expert, num_tiles, and for each used row its expert, -1 for padding, for groups of `counts` rows."""
-    tiles = [-(-count // gm.TILE) for count in counts]
-    total = gm.num_rows(sum(counts), num_experts=len(counts)) // gm.TILE
+    tile = gm.tile_rows(sum(counts), num_experts=len(counts))
+    tiles = [-(-count // tile) for count in counts]
+    rows = gm.num_rows(sum(counts), num_experts=len(counts))
     tile_expert = [e for e, n in enumerate(tiles) for _ in range(n)]
     row_expert = []
     for e, (count, n) in enumerate(zip(counts, tiles, strict=True)):
-        row_expert += [e] * count + [-1] * (n * gm.TILE - count)
-    row_expert += [-1] * (total * gm.TILE - len(row_expert))
-    padded = tile_expert + [0] * (total - len(tile_expert))
+        row_expert += [e] * count + [-1] * (n * tile - count)
+    row_expert += [-1] * (rows - len(row_expert))
+    padded = tile_expert + [len(counts) - 1] * (rows // tile - len(tile_expert))
     return jnp.array(padded), jnp.array(len(tile_expert)), np.array(row_expert)
 
 
@@ -77,18 +78,24 @@ def test_num_rows_holds_every_grouping():
     rng = np.random.default_rng(0)
     for _ in range(200):
         counts = rng.multinomial(rng.integers(0, 1500), rng.dirichlet(np.ones(8) * 0.3))
-        assert sum(-(-c // gm.TILE) for c in counts) * gm.TILE <= gm.num_rows(counts.sum(), num_experts=8)
+        tile, rows = (f(counts.sum(), num_experts=8) for f in (gm.tile_rows, gm.num_rows))
+        assert sum(-(-c // tile) for c in counts) * tile <= rows
+        assert rows % tile == rows % gm.TPU_ROWS == 0
+
+
+def test_few_rows_are_in_small_tiles():
+    assert gm.tile_rows(8 * 64, num_experts=8) == 128
+    assert gm.tile_rows(8 * 64 - 1, num_experts=8) == 16
 
 
 @pytest.mark.parametrize("counts", [(5, 200, 130), (0, 0, 7), (128, 256, 0)])
 def test_megablox_is_the_loop_over_tiles(counts):
     rng = np.random.default_rng(0)
     tile_expert, num_tiles, row_expert = layout(counts)
-    tile_expert = jnp.where(jnp.arange(len(tile_expert)) < num_tiles, tile_expert, len(counts) - 1)
     draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)  # noqa: E731
     real = jnp.array(row_expert >= 0)[:, None]
     x, dy, w = draw(len(row_expert), 128) * real, draw(len(row_expert), 256) * real, draw(len(counts), 128, 256)
-    used = slice(0, int(num_tiles) * gm.TILE)
+    used = slice(0, int(num_tiles) * len(row_expert) // len(tile_expert))
     for rows, transposed in ((x, False), (dy, True)):
         ours = gm.times_in_tiles(rows, w, tile_expert, num_tiles, transposed=transposed)
         theirs = gm.times_on_tpu(rows, w, tile_expert, num_tiles, transposed=transposed, interpret=True)

@@ -125,7 +125,7 @@ def test_dispatch_places_each_choice_once():
     np.testing.assert_array_equal(placed, flat < E)
     np.testing.assert_array_equal(choices[rows[placed]], np.flatnonzero(placed))
     assert (choices < flat.size).sum() == placed.sum()
-    tile = choices.reshape(-1, moe_lib.gm.TILE)
+    tile = choices.reshape(len(d.tile_expert), -1)
     for t in range(int(d.num_tiles)):
         used = tile[t][tile[t] < flat.size]
         assert set(flat[used]) == {int(d.tile_expert[t])}

@@ -4,6 +4,7 @@ Rows are packed: `segments_BL` numbers the texts of a row from 1, 0 is padding; 
 attention stays inside one. Parameters are float32; products run in the dtype of the activation they meet.
 """
 
+import functools
 import math
 
 import jax
@@ -44,6 +45,21 @@ class Norm(nnx.Module):
         return (x * self.scale_D[...] + self.bias_D[...]).astype(x_BLD.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def look_up(dtype: str, word_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """x_BLD float32: the tokens' rows, rounded to `dtype`, so that half the table travels and is read.
+
+    Its gradient is summed in float32: some pieces are in every text.
+    """
+    return word_VD.astype(dtype)[tokens_BL].astype(jnp.float32)
+
+
+look_up.defvjp(
+    lambda dtype, word_VD, tokens_BL: (look_up(dtype, word_VD, tokens_BL), (word_VD, tokens_BL)),
+    lambda dtype, kept, dx_BLD: (jnp.zeros_like(kept[0]).at[kept[1]].add(dx_BLD), None),
+)
+
+
 class Embedding(nnx.Module):
     """Piece plus token type 0, plus the position where positions are learned, normalised; rotary ones enter in the attention."""
 
@@ -57,7 +73,7 @@ class Embedding(nnx.Module):
         self.dtype = c.dtype
 
     def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
-        x_BLD = self.word_VD[...][tokens_BL] + self.type_YD[...][0]
+        x_BLD = look_up(self.dtype, self.word_VD[...], tokens_BL) + self.type_YD[...][0]
         if hasattr(self, "position_PD"):
             x_BLD += self.position_PD[...][positions_BL + self.position_offset]
         return self.norm(x_BLD).astype(self.dtype)

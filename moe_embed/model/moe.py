@@ -30,7 +30,7 @@ class Dispatch(NamedTuple):
 
     choice_X: jax.Array  # int32: the choice in each row, T * A in an empty row
     row_TA: jax.Array  # int32: the row of each choice, X for a choice that is computed nowhere here
-    tile_expert: jax.Array  # int32 [X / TILE]
+    tile_expert: jax.Array  # int32, one for each tile of rows
     num_tiles: jax.Array  # int32 []
 
 
@@ -54,16 +54,17 @@ def plan_dispatch(expert_TA: jax.Array, *, num_experts: int) -> Dispatch:
     """Group choices by expert, stably, each group starting on a tile; experts outside [0, num_experts) get no rows."""
     flat = jnp.where((expert_TA >= 0) & (expert_TA < num_experts), expert_TA, num_experts).reshape(-1)
     num_choices, rows = flat.shape[0], gm.num_rows(flat.shape[0], num_experts=num_experts)
+    tile = gm.tile_rows(num_choices, num_experts=num_experts)
     order = jnp.argsort(flat, stable=True)
     count_E = (flat[:, None] == jnp.arange(num_experts)).sum(0)
-    tiles_E = -(-count_E // gm.TILE)
+    tiles_E = -(-count_E // tile)
     tile_end_E = jnp.cumsum(tiles_E)
-    row_start_E = (tile_end_E - tiles_E) * gm.TILE
+    row_start_E = (tile_end_E - tiles_E) * tile
     sorted_start_E = jnp.cumsum(count_E) - count_E
 
-    tile_expert = jnp.searchsorted(tile_end_E, jnp.arange(rows // gm.TILE), side="right")
+    tile_expert = jnp.searchsorted(tile_end_E, jnp.arange(rows // tile), side="right")
     tile_expert = jnp.minimum(tile_expert, num_experts - 1)
-    expert_X = jnp.repeat(tile_expert, gm.TILE)
+    expert_X = jnp.repeat(tile_expert, tile)
     rank_X = jnp.arange(rows) - row_start_E[expert_X]
     sorted_X = jnp.clip(sorted_start_E[expert_X] + rank_X, 0, num_choices - 1)
     choice_X = jnp.where(rank_X < count_E[expert_X], order[sorted_X], num_choices)

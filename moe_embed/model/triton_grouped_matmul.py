@@ -1,6 +1,6 @@
 """The grouped matmul of grouped_matmul.py as two Pallas kernels for Triton: rows times experts, and the experts' gradient.
 
-Same layout of rows: whole tiles of TILE rows, `tile_expert` ascending over the tiles in use. Block sizes are pinned, a sum runs in
+Same layout of rows: whole tiles, at least 16 rows each, `tile_expert` ascending over the tiles in use. Block sizes are pinned, a sum runs in
 one program from its first term to its last: no split sums, no atomics, no tuning at run time, so a row's result depends on
 nothing but that row and its expert, and a gradient is the same in every run. Tiles not in use are left at once.
 
@@ -18,7 +18,6 @@ from jax.experimental.pallas import triton
 
 from moe_embed import config as config_lib
 
-TILE = 128  # rows, as in grouped_matmul.py
 SMALLEST = 16  # of a side of a product in Triton
 
 
@@ -47,12 +46,12 @@ def rows_times_experts(
     transposed: bool,
     interpret=False,
 ) -> jax.Array:
-    """y[i] = x[i] @ w[tile_expert[i // TILE]] for the first `num_tiles` tiles; rows after them hold anything.
+    """y[i] = x[i] @ w[expert of i's tile] for the first `num_tiles` tiles; rows after them hold anything.
 
     Args:
-      x_XD: float32 or bfloat16, X a multiple of TILE. With `transposed` it is x_XF, and y[i] = x[i] @ w[...].T.
+      x_XD: float32 or bfloat16, in tiles of X / len(tile_expert) rows. With `transposed` it is x_XF, and y[i] = x[i] @ w[...].T.
       w_EDF: in the dtype of x.
-      tile_expert: int32 [X / TILE]. num_tiles: int32 [].
+      tile_expert: int32, one for each tile. num_tiles: int32 [].
       interpret: run as plain jax, for tests on a CPU.
 
     Returns:
@@ -64,11 +63,16 @@ def rows_times_experts(
     padded_width = w.shape[1 if transposed else 2]
     _check_size(num_rows, padded_width)
     blocks = _blocks(x.dtype)
-    rows, columns, depth = blocks.rows, _divisor(padded_width, blocks.columns), _divisor(total, blocks.depth)
+    tile_rows = num_rows // len(tile_expert)
+    rows, columns, depth = (
+        min(blocks.rows, tile_rows),
+        _divisor(padded_width, blocks.columns),
+        _divisor(total, blocks.depth),
+    )
 
     def kernel(x_ref, w_ref, tile_expert_ref, num_tiles_ref, y_ref):
         row, column = pl.program_id(1) * rows, pl.program_id(0) * columns
-        tile = jax.lax.div(row, TILE)
+        tile = jax.lax.div(row, tile_rows)
 
         @pl.when(tile < num_tiles_ref[0])
         def _():
@@ -109,18 +113,19 @@ def expert_gradients(
 
     Args:
       x_XD, dy_XF: of one dtype, float32 or bfloat16; zero in the padding rows of a tile in use.
-      tile_expert: int32 [X / TILE], ascending over the tiles in use. num_tiles: int32 [].
+      tile_expert: int32, one for each tile, ascending over the tiles in use. num_tiles: int32 [].
       interpret: run as plain jax, for tests on a CPU.
     """
     dims = x_XD.shape[1], dy_XF.shape[1]
     x, dy = _padded(x_XD, dims=(1,)), _padded(dy_XF, dims=(1,))
     blocks = _blocks(x.dtype)
     rows, columns = _divisor(x.shape[1], blocks.rows), _divisor(dy.shape[1], blocks.columns)
-    depth = blocks.depth
+    tile_rows = len(x) // len(tile_expert)
+    depth = min(blocks.depth, tile_rows)
     in_use = jnp.arange(tile_expert.shape[0]) < num_tiles
     tiles_E = ((tile_expert[:, None] == jnp.arange(num_experts)) & in_use[:, None]).sum(0, dtype=jnp.int32)
-    end_E = jnp.cumsum(tiles_E, dtype=jnp.int32) * (TILE // depth)
-    start_E = end_E - tiles_E * (TILE // depth)
+    end_E = jnp.cumsum(tiles_E, dtype=jnp.int32) * (tile_rows // depth)
+    start_E = end_E - tiles_E * (tile_rows // depth)
 
     def kernel(x_ref, dy_ref, start_ref, end_ref, dw_ref):
         expert = pl.program_id(2)

@@ -73,7 +73,7 @@ def test_kernels_equal_the_loop(gpu, counts, dims, dtype):
 
     got, again = (on(gpu, run, *arrays, tile_expert, num_tiles) for _ in range(2))
     assert farthest(got, loop(*arrays, row_expert), row_expert) < ROUNDED[dtype]
-    used = num_tiles * kernels.TILE
+    used = num_tiles * gm.TILE
     for a, b, rows in zip(got, again, (used, used, None), strict=True):
         np.testing.assert_array_equal(a[:rows], b[:rows])  # bitwise, from run to run
     arrays[2] = arrays[2] * np.asarray(1.1, dtype)
@@ -233,4 +233,4 @@ def test_the_kernel_is_what_runs(gpu):
     arguments = jax.device_put((x, w, tile_expert, num_tiles), gpu)
     text = jax.jit(gm.grouped_matmul).lower(*arguments).as_text()
     assert ("xla.gpu.triton" in text) == (gpu.platform != "cpu")
-    assert jnp.isfinite(gm.grouped_matmul(*arguments)[: int(num_tiles) * kernels.TILE]).all()
+    assert jnp.isfinite(gm.grouped_matmul(*arguments)[: int(num_tiles) * gm.TILE]).all()
