@@ -20,7 +20,7 @@ from moe_embed import hlo, hlo_count, sharding
 from moe_embed import topology as topology_lib
 from moe_embed.config import UserError
 from moe_embed.estimate import Step, expert_parts
-from moe_embed.model.grouped_matmul import TILE
+from moe_embed.model.grouped_matmul import tile_rows
 from moe_embed.program import Program
 
 # Without these libtpu asks a metadata server what machine this is, and two processes collide on a lock file.
@@ -110,8 +110,7 @@ def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> C
         needed = refusal(str(error))
         if needed is None:
             raise UserError(f"XLA does not compile this step: {str(error)[:400]}") from error
-        held = _bytes(prog.abstract_state) + _bytes(batch) if "temporaries" in str(error) else 0
-        return Refused(time.perf_counter() - start, needed[0] + held, needed[1])
+        return Refused(time.perf_counter() - start, *needed)
     stats = compiled.memory_analysis()
     count, note = None, ""
     try:
@@ -138,12 +137,8 @@ def _uncached():
         jax.config.update(name, before)
 
 
-def _bytes(tree) -> float:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def refusal(message: str) -> tuple[float, float] | None:
-    """Bytes (needed, available) of HBM in XLA's words; needed is of temporaries alone where it says so. None: other words."""
+    """Bytes (needed, available) of HBM in XLA's words; what it calls temporaries has the arguments in it. None: other words."""
     size = r"([\d.]+)([KMGT]?)i?B?"
     for pattern in (rf"temporaries \({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
         found = re.search(pattern, message)
@@ -160,11 +155,14 @@ def count_step(text: str, prog: Program) -> hlo_count.Count:
     evenly and half of each expert's last tile were empty.
     """
     config, parts = prog.config, expert_parts(prog.mesh)
-    tokens = config.data.rows * config.data.row_length
-    rows = tokens * config.moe.top_k + config.moe.num_experts // parts * TILE / 2
+    choices, experts = config.data.rows * config.data.row_length * config.moe.top_k, config.moe.num_experts // parts
+    tile = tile_rows(choices * parts, num_experts=experts)
+    rows = choices + experts * tile / 2
 
     def trips(op_name: str) -> float | None:
-        return rows / TILE if "grouped_matmul" in op_name else None
+        _, scope, path = op_name.rpartition("grouped_matmul")
+        of_one_expert = path.count("while") > 1  # a loop over experts is around it
+        return rows / tile / (experts if of_one_expert else 1) if scope else None
 
     def kernel_flops(kernel: hlo.Instruction, operands: list[hlo.Array]) -> float | None:
         return grouped_flops(kernel, operands, rows=rows) or attention_flops(kernel, operands)

@@ -82,13 +82,17 @@ def test_the_arrays_of_a_step_are_those_of_a_real_batch(changes, make, eight_dev
 
 def compile_step(num_micro: int, *, recompute: bool, pairs: int = 4096) -> ahead.Compiled:
     """The train step of `pairs` pairs of 32 tokens on one device, in so many micro-batches; never run."""
-    small = {"encoder": {"num_layers": 2}, "moe": {"num_experts": 2}, "run": {"recompute": recompute}}
+    small = {"encoder": {"num_layers": 2}, "moe": {"num_experts": 2}, "run": {"recompute": recompute},
+             "loss": {"bidirectional": False}}  # fmt: skip
     c = tiny.config(data={"rows": pairs // num_micro, "batch_size": pairs}, **small)
     prog = program.build(c, sharding.make_mesh(config_lib.Mesh(), devices=jax.devices()[:1]))
     step = estimate.step_of(c, num_devices=1, tokens_a_pair=32)
     assert step.num_micro == num_micro
     found = ahead.compile_step(prog, step, options={"xla_backend_optimization_level": 0})
     assert found.peak > estimate.bytes_on_device(prog.abstract_state)
+    model = estimate.model_flops(c, step)
+    expected = sum(model.values()) + (sum(model.values()) - model["loss"]) / 3 * recompute
+    assert found.count.flops == pytest.approx(expected, rel=0.01)  # beside the model: pooling, half tiles
     return found
 
 
@@ -99,7 +103,7 @@ def test_flops_do_not_depend_on_how_a_batch_is_cut():
     assert cut.unknown == ()
     assert set(cut.bytes_by_kind().values()) == {0}  # among one
     twice = compile_step(8, recompute=True).count
-    assert 1.15 < twice.flops / cut.flops < 1.4  # encoding a second time is noticed
+    assert twice.flops > 1.2 * cut.flops
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):

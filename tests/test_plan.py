@@ -87,7 +87,7 @@ def test_kernels_that_nobody_can_count_are_said():
     ("overrides", "activations", "other", "words"),
     [
         ((), 12, 6, "--config.data.rows=16, 64 micro-batches"),
-        ((), 17, 6, "--config.data.rows=8, 128 micro-batches"),
+        ((), 18, 6, "--config.data.rows=8, 128 micro-batches"),
         ((), 5, 16, "--topology=v5e-16"),
         (("--config.run.recompute=false",), 100, 5, "--topology=v5e-16"),
         (("--config.run.recompute=false",), 15, 6, "--config.run.recompute=true"),
@@ -115,7 +115,7 @@ def test_a_step_that_does_not_fit_a_gpu(monkeypatch):
     made = plan.plan(paper(), dataclasses.replace(topology.find("8xH100"), chip=small))
     assert made["fits"] is False
     assert re.fullmatch(
-        r"does not fit: \d+\.\d of 7\.5 GiB; try --config\.data\.rows=\d, \d+ micro-batches", made["verdict"]
+        r"does not fit: \d+\.\d of 7\.5 GiB; try --config\.data\.rows=\d+, \d+ micro-batches", made["verdict"]
     )
 
 
