@@ -65,9 +65,11 @@ def contrastive(params: dict, batch: dict, *, config: config_lib.Config):
     """
     pooled_MBSD, sums, num_tokens = encode(params, batch, c=config.encoder, moe=config.moe,
                                num_segments=config.data.texts_per_row, recompute=config.run.recompute)  # fmt: skip
-    pooled_ND = pooled_MBSD.reshape(-1, pooled_MBSD.shape[-1])
+    pooled_ND, in_tiles = pooled_MBSD.reshape(-1, pooled_MBSD.shape[-1]), config.loss.form == "ring"
+    if in_tiles:  # they travel, and are multiplied, in what the encoder computes in
+        pooled_ND = pooled_ND.astype(config.encoder.dtype)
     teacher = {name.removeprefix("teacher_"): value for name, value in batch.items() if name.startswith("teacher_")}
-    loss, metrics = (ring_infonce if config.loss.form == "ring" else infonce)(
+    loss, metrics = (ring_infonce if in_tiles else infonce)(
         pooled_ND[batch["query_slot_N"]],
         pooled_ND[batch["document_slot_N"]],
         Ids(batch["document_id_N"], batch["query_id_N"]),

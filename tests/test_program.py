@@ -270,6 +270,10 @@ def test_bfloat16_keeps_float32_masters_and_is_close():
     assert low_loss == pytest.approx(loss, rel=0.05)
     assert low_loss != loss
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.float32.dtype}
+    low = tiny.config(encoder={"dtype": "bfloat16"}, loss={"form": "ring"})
+    _, ring_loss, _, gradients = run(low, params=params)
+    assert low_loss != ring_loss == pytest.approx(low_loss, rel=0.01)  # it multiplies rounded vectors
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.float32.dtype}
 
 
 def test_a_dense_model_is_built_by_the_same_seam():
