@@ -104,7 +104,7 @@ def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> C
     batch = abstract_batch(prog.config, step, mesh=prog.mesh)
     lowered = prog.step.trace(prog.abstract_state, batch).lower(lowering_platforms=(platform,))
     try:
-        with _uncached():
+        with uncached():
             compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         needed = refusal(str(error))
@@ -126,7 +126,7 @@ def compile_step(prog: Program, step: Step, *, options: dict | None = None) -> C
 
 
 @contextlib.contextmanager
-def _uncached():
+def uncached():
     """Keep what is compiled out of the persistent cache: a program for chips that are not here cannot be read back from it."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
