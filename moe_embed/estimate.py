@@ -12,11 +12,11 @@ import jax
 from moe_embed import config as config_lib
 from moe_embed import sharding
 from moe_embed import topology as topology_lib
+from moe_embed.ring_infonce import TILE
 
 FLOAT = 4  # bytes of a number in master parameters, moments, gradients, pooled vectors and scores
 TEXT_TOKENS = 128  # of a query or document where nobody says: what the paper's padded batches hold
 BYTES = {"float32": 4, "bfloat16": 2}
-RING_TILE = 1024  # rows and columns of a tile of scores in ring_infonce
 MFU = (0.4, 0.6)  # of the peak, in model FLOPs: what well-kept training stacks of this size publish
 
 
@@ -136,13 +136,13 @@ def memory(config: config_lib.Config, step: Step, *, abstract_state: dict, mesh)
 def loss_forms(config: config_lib.Config, step: Step) -> dict[str, dict[str, float]]:
     """Bytes and FLOPs of the two forms of the contrastive loss (research: six products' worth of N C d, eight for the ring).
 
-    Gathered: the scores of all pairs and their gradient. Ring: queries, documents and documents in flight, and the gradient of
-    each, in float32; log-sums; one tile a prefix.
+    Gathered: the scores of all pairs and their gradient. Ring: queries, documents and documents in flight in the encoder's
+    dtype, and the gradient of each in float32; log-sums; one tile a prefix.
     """
     c = config.encoder
     n, product = step.items, step.items * step.candidates * c.dim
-    tile = min(n, RING_TILE) * min(step.documents, RING_TILE)
-    ring = 2 * FLOAT * c.dim * (n + 2 * step.documents) + 3 * FLOAT * (n + tile)
+    tile = min(n, TILE) * min(step.documents, TILE)
+    ring = (BYTES[c.dtype] + FLOAT) * c.dim * (n + 2 * step.documents) + 3 * FLOAT * (n + tile)
     return {
         "gathered": {"bytes": 2.0 * FLOAT * n * step.candidates * (1 + len(config.loss.dims)), "flops": 6.0 * product},
         "ring": {"bytes": float(ring), "flops": 8.0 * product},
@@ -168,11 +168,12 @@ def wires(config: config_lib.Config, step: Step, *, abstract_state: dict, mesh) 
         local = math.prod(leaf.sharding.shard_shape(leaf.shape))
         copies = step.num_devices * local / leaf.size  # devices that hold the same
         gradients += 2 * (copies - 1) / copies * local * FLOAT
-    vectors = (step.num_devices - 1) * step.documents * config.encoder.dim * FLOAT
+    numbers = (step.num_devices - 1) * step.documents * config.encoder.dim
+    ring = 2 * BYTES[config.encoder.dtype] + FLOAT  # documents forwards, and backwards with their gradient
     tokens = moved_tokens(config, num_parts=expert_parts(mesh)) * step.places
     return {
         "gradients": gradients,
-        "documents": (3.0 if config.loss.form == "ring" else 2.0) * vectors,
+        "documents": float(numbers * (ring if config.loss.form == "ring" else 2 * FLOAT)),
         "experts": tokens,
     }
 

@@ -253,9 +253,7 @@ def _no_gradients(x: jax.Array, scale: jax.Array) -> Gradients:
 def _add_gradients(form: Form, row: Rows, col: Columns, product, p, of_row: Gradients, of_col: Gradients):
     """Add what one tile gives, of whose scores the gradients are `p`, for each prefix [r, c]."""
     dx_ND, dx_CD, scales = of_row.x_ND, of_col.x_ND, []
-    weight = (
-        0.0  # the numbers of a segment are in every prefix that reaches beyond it: sums from the longest prefix down
-    )
+    weight = 0.0  # a segment's numbers are in every prefix that reaches beyond it: sums from the longest down
     for k in reversed(range(len(form.dims))):
         part = slice(form.dims[k - 1] if k else 0, form.dims[k])
         own = p[k] * _outer(row, col, k) / form.c.temperature  # the gradient of the products of this prefix

@@ -143,7 +143,7 @@ def train(
         step_of_size = {}  # compiled, by the number of micro-batches
         unwritten = None  # the step before: its metrics are fetched while the device runs this one
         steps = enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first)
-        for step, batch in traced(steps, workdir / "profile", count=profile if jax.process_index() == 0 else 0):
+        for step, batch in traced(steps, workdir / "profile", count=profile if cluster.is_first() else 0):
             arrays = sharding.put_batch(batch.arrays, mesh=mesh)  # every process has made the whole batch
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:

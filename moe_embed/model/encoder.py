@@ -118,7 +118,7 @@ def apply(
       tokens_BL: int32 ids. segments_BL: int32, texts of a row numbered from 1, 0 is padding. positions_BL: int32,
         counted from 0 in each text.
       recompute: keep of each layer the results of its products alone for the backward pass, which computes norms, GELU,
-        rotations and the order of rows again: a third of the memory, and no product twice.
+        rotations and what attention holds again.
 
     Returns:
       hidden_BLD in c.dtype, and moe.RouterSums of [R, E] (None for a dense encoder).

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from moe_embed import config as config_lib
 from moe_embed.model import layers
-
-MASKED = -1e30  # as a score: exp() of it is 0 in float32
+from moe_embed.model.attention import MASKED
 
 
 def init(c: config_lib.Encoder, *, key: jax.Array) -> dict:

@@ -13,7 +13,7 @@ from moe_embed.ring_infonce import ring_infonce
 
 pytestmark = pytest.mark.aot
 DIM = 768
-# Two more copies of the vectors under the newer compiler (jax 0.12, libtpu 0.0.50: 1.82 GB beside 1.42 GB).
+# The bar, met with libtpu 0.0.42 (1.42 GB) and missed with jax 0.12's 0.0.50 (1.82 GB; why is not known).
 MOST = 1.7e9 if jax.__version_info__ < (0, 11) else 1.9e9
 
 
