@@ -5,6 +5,7 @@ upcycle and soup write it) or a folder in Hugging Face layout, as export writes 
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -73,13 +74,17 @@ class Model:
         choices_RE = None
         with tqdm.tqdm(total=len(ids), unit="text", disable=not progress, dynamic_ncols=True) as bar:
             for members, rows, packed in _rows(ids, num_devices=self.mesh.size):
-                pooled_MBSD, sums = embed(self.params, sharding.put_batch(rows, mesh=self.mesh))
+                pooled_MBSD, sums = embed(self._laid_out, sharding.put_batch(rows, mesh=self.mesh))
                 vector_ND = sharding.fetch(pooled_MBSD)[0, packed.row_N, packed.segment_N, :dim]
                 out_ND[members] = vector_ND / np.maximum(np.linalg.norm(vector_ND, axis=-1, keepdims=True), 1e-12)
                 if sums is not None:
                     choices_RE = np.asarray(sums.choices_E) + (0 if choices_RE is None else choices_RE)
                 bar.update(len(members))
         return out_ND, choices_RE
+
+    @functools.cached_property
+    def _laid_out(self) -> dict:
+        return program.lay_out(self.params, self.mesh)
 
     def prompt(self, name: str) -> str | None:
         """`name` if the model has a prompt of that name, else None: what to give `encode` as its task."""
@@ -104,13 +109,14 @@ class Model:
 def _rows(ids: list[np.ndarray], *, num_devices: int):
     """Texts in order of length -> (indices of texts, packed rows, where they went), in a handful of shapes.
 
-    A row is a power of two long, at least twice its longest text; the rows of a call are a power of two in number.
+    A row is a power of two long, at least twice its longest text where there is more to put into it; the rows of a call are
+    a power of two in number.
     """
     power_of_two = lambda n: 1 << (int(n) - 1).bit_length()  # noqa: E731 - the next one at or above n
     length = np.array([len(text) for text in ids], np.int64)
     order = np.argsort(-length, kind="stable")
     while len(order):
-        row_length = max(MIN_ROW, power_of_two(2 * length[order[0]]))
+        row_length = max(MIN_ROW, power_of_two(min(2 * length[order[0]], length[order].sum())))
         max_rows = max(ROW_TOKENS // row_length, 1) * num_devices
         fill = np.cumsum(length[order[: max_rows * TEXTS_PER_ROW]])
         count = max(1, np.searchsorted(fill, max_rows * row_length, side="right"))

@@ -9,18 +9,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_embed import config as config_lib
 from moe_embed import objectives, optim, sharding
-from moe_embed.model import encoder
+from moe_embed.model import encoder, layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Everything a run executes on its mesh."""
 
-    config: config_lib.Config
+    config: config_lib.Config  # with loss.form decided
     mesh: jax.sharding.Mesh
     abstract_state: dict  # of jax.ShapeDtypeStruct with shardings: what a checkpoint is restored into
     init: Callable[..., dict]  # state {"step", "params", "optimizer"}: fresh from run.seed, or (params) from those
@@ -34,6 +35,7 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
 
     `num_ids`: how many rows of the vocabulary are real, for the objective mlm (None: all).
     """
+    config = objectives.with_form(config, num_devices=mesh.size)
     with_head = config.loss.objective == "mlm"
     objective = functools.partial(objectives.mlm, num_ids=num_ids) if with_head else objectives.contrastive
     if config.data.batch_size % mesh.size:
@@ -108,11 +110,13 @@ def count_parameters(params: dict, config: config_lib.Config) -> tuple[int, int]
 
 @functools.cache
 def build_embed(c: config_lib.Encoder, moe: config_lib.Moe, mesh: jax.sharding.Mesh, *, num_segments: int) -> Callable:
-    """(params, rows) -> (pooled_MBSD float32 not normalised, RouterSums [R, E] global or None), compiled for `mesh`.
+    """(lay_out's params, rows) -> (pooled_MBSD float32 not normalised, RouterSums [R, E] global or None), for `mesh`.
 
     `rows` holds tokens_MBL, segments_MBL and positions_MBL. Needs no optimiser and no data config: an exported folder
     has neither.
     """
+    if _by_units(mesh):
+        return _embed_by_units(c, moe, num_segments=num_segments)
 
     def local(params: dict, rows: dict):
         pooled_MBSD, sums, _ = objectives.encode(params, rows, c=c, moe=moe, num_segments=num_segments, recompute=False)
@@ -123,5 +127,44 @@ def build_embed(c: config_lib.Encoder, moe: config_lib.Moe, mesh: jax.sharding.M
         specs = sharding.specs(params, column="parameter"), sharding.specs(rows, column="activation")
         out_specs = sharding.spec("pooled_MBSD", column="activation"), sharding.EVERYWHERE
         return sharding.on_each_device(local, mesh=mesh, in_specs=specs, out_specs=out_specs)(params, rows)
+
+    return embed
+
+
+def lay_out(params: dict, mesh: jax.sharding.Mesh) -> dict:
+    """A model's params as build_embed's function takes them: on one CPU device `unit` is a list of repeats, views of them.
+
+    XLA:CPU copies what a scan slices: for a single query, all experts of all layers (a third of its time, measured).
+    """
+    if not _by_units(mesh):
+        return params
+    unit, device = jax.tree.map(np.asarray, params["unit"]), mesh.devices.item()
+    num_repeats = len(jax.tree.leaves(unit)[0])
+    units = [jax.device_put(encoder.one_of(unit, r), device, may_alias=True) for r in range(num_repeats)]
+    return params | {"unit": units}
+
+
+def _by_units(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.size == 1 and mesh.devices.item().platform == "cpu"
+
+
+def _embed_by_units(c: config_lib.Encoder, moe: config_lib.Moe, *, num_segments: int) -> Callable:
+    """build_embed's function without the scan: a unit is compiled once and called for each repeat, on its own arrays."""
+    enter = jax.jit(functools.partial(encoder.enter, c=c))
+    run_unit = jax.jit(functools.partial(encoder.run_unit, c=c, moe=moe))
+    pool = jax.jit(functools.partial(layers.mean_pool, num_segments=num_segments))
+
+    def of_rows(params: dict, tokens_BL, segments_BL, positions_BL):
+        x_BLD, angles = enter(params["embedding"], tokens_BL, positions_BL)
+        sums = []
+        for unit in params["unit"]:
+            x_BLD, of_unit = run_unit(unit, x_BLD, segments_BL, angles)
+            sums.append(of_unit)
+        return pool(x_BLD, segments_BL), jax.tree.map(lambda *of_units: jnp.stack(of_units), *sums)
+
+    def embed(params: dict, rows: dict):
+        found = [of_rows(params, *of) for of in zip(*(rows[name] for name in objectives.ROWS), strict=True)]
+        pooled, sums = zip(*found, strict=True)
+        return jnp.stack(pooled), jax.tree.map(lambda *of_rows: sum(of_rows), *sums)
 
     return embed

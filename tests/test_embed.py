@@ -1,5 +1,6 @@
 """The verb: lines in, rows out, and a search that finds what it should."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_row_i_is_line_i(workdir, tmp_path, capsys):
 
 def test_search_finds_the_same_text(workdir, capsys):
     model = embed.load(workdir, mesh=embed.load(workdir).mesh)
-    model = type(model)(**{**model.__dict__, "prompts": {}})
+    model = dataclasses.replace(model, prompts={})
     embed.search(model, ["rows and columns", "the weather", "表を挿入"], ["表を挿入"], top_k=1)
     assert "1.000 表を挿入" in capsys.readouterr().out
 

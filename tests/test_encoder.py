@@ -5,7 +5,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moe_embed import config as config_lib
 from moe_embed import sharding
@@ -69,18 +68,18 @@ def test_a_text_is_embedded_alike_wherever_it_is_packed():
 
 
 def test_the_scan_runs_the_repeats_in_order():
-    module, arrays = encoder.Encoder(SMALL, MOE, rngs=nnx.Rngs(0)), rows([np.arange(4, 20)])
-    angles = layers.rotary_angles(arrays[2], head_dim=8, base=SMALL.rotary_base)
-    graph, state = nnx.split(module.unit)
+    params, arrays = encoder.init(SMALL, MOE, key=jax.random.key(0)), rows([np.arange(4, 20)])
 
     def by_hand(order):
-        x_BLD = module.embedding(arrays[0], arrays[2])
+        x_BLD, angles = encoder.enter(params["embedding"], arrays[0], arrays[2], c=SMALL)
         for r in order:
-            x_BLD, _ = nnx.merge(graph, jax.tree.map(lambda a, r=r: a[r], state))(x_BLD, arrays[1], angles)
+            unit = encoder.one_of(params["unit"], r)
+            x_BLD, _ = encoder.run_unit(unit, x_BLD, arrays[1], angles, c=SMALL, moe=MOE)
         return x_BLD
 
-    np.testing.assert_allclose(module(*arrays)[0], by_hand((0, 1)), atol=1e-5)
-    assert np.abs(module(*arrays)[0] - by_hand((1, 0))).max() > 1e-2
+    scanned, _ = encoder.apply(params, *arrays, c=SMALL, moe=MOE)
+    np.testing.assert_allclose(scanned, by_hand((0, 1)), atol=1e-5)
+    assert np.abs(scanned - by_hand((1, 0))).max() > 1e-2
 
 
 def test_repeats_are_layers_with_weights_of_their_own():

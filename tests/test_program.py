@@ -155,6 +155,28 @@ def test_the_ring_is_the_gathered_loss(eight_devices):
     assert float(got_metrics["masked_candidates"]) == float(metrics["masked_candidates"]) > 2
 
 
+def test_one_cpu_embeds_a_unit_at_a_time_and_copies_no_parameter(eight_devices):
+    c = tiny.config()
+    params, rows = tiny.params(c), {name: batches_of(c).batch_at(0).arrays[name] for name in objectives.ROWS}
+    found = []
+    for count in (1, 2):
+        mesh = sharding.make_mesh(config_lib.Mesh(), devices=jax.devices()[:count])
+        held = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
+        ready = program.lay_out(held, mesh)
+        assert isinstance(ready["unit"], list) == (count == 1)
+        if count == 1:
+            (stacked, second) = (tree["1"]["moe"] for tree in (held["unit"], ready["unit"][1]))
+            start = stacked["w_up_REDF"].unsafe_buffer_pointer() + stacked["w_up_REDF"][0].nbytes
+            assert second["w_up_EDF"].unsafe_buffer_pointer() == start
+        embed = program.build_embed(c.encoder, c.moe, mesh, num_segments=c.data.texts_per_row)
+        found.append(jax.device_get(embed(ready, sharding.put_batch(rows, mesh=mesh))))
+    (pooled, sums), (scanned, its_sums) = found
+    np.testing.assert_allclose(pooled, scanned, atol=1e-6)
+    np.testing.assert_array_equal(sums.choices_E, its_sums.choices_E)
+    np.testing.assert_allclose(sums.probability_E, its_sums.probability_E, rtol=1e-5)
+    assert np.abs(pooled - scanned[:, ::-1]).max() > 1e-2
+
+
 def test_other_weights_are_noticed(reference):
     c, _, loss, _, gradients = reference
     _, got_loss, _, got = run(c, params=tiny.params(c, seed=1))

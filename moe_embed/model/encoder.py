@@ -1,6 +1,6 @@
 """The encoder: embedding, then a unit of layers scanned over its repeats. Pure `init` and `apply` over named arrays.
 
-A unit is `moe.every` blocks, the last of which is a mixture (or one dense block). NNX modules end at this file's two
+A unit is `moe.every` blocks, the last of which is a mixture (or one dense block). NNX modules end at this file's
 functions: outside of it the parameters are a plain nested dict whose names carry the dims, R for the repeats first.
 """
 
@@ -52,43 +52,18 @@ class Unit(nnx.Module):
         return x_BLD, sums
 
 
-class Encoder(nnx.Module):
-    """Tokens to hidden states; `unit` holds the parameters of all repeats, stacked on a first dim R."""
-
-    def __init__(self, c: config_lib.Encoder, moe: config_lib.Moe, *, rngs: nnx.Rngs):
-        self.c = c
-        self.embedding = layers.Embedding(c, rngs=rngs)
-        repeats = c.num_layers // moe.unit_length
-
-        @nnx.split_rngs(splits=repeats)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def make_units(rngs: nnx.Rngs) -> Unit:
-            return Unit(c, moe, rngs=rngs)
-
-        self.unit = make_units(rngs)
-
-    def __call__(
-        self, tokens_BL: jax.Array, segments_BL: jax.Array, positions_BL: jax.Array, *, recompute: bool = False
-    ):
-        angles = None
-        if self.c.position == "rotary":
-            head_dim = self.c.dim // self.c.num_heads
-            angles = layers.rotary_angles(positions_BL, head_dim=head_dim, base=self.c.rotary_base)
-        unit_graph, unit_state = nnx.split(self.unit)
-
-        def one_unit(x_BLD, state):
-            return nnx.merge(unit_graph, state)(x_BLD, segments_BL, angles)
-
-        if recompute:
-            policy = jax.checkpoint_policies.save_only_these_names(attention.KEPT)
-            one_unit = jax.checkpoint(one_unit, policy=policy, prevent_cse=False)  # a scan's body is apart anyway
-        return jax.lax.scan(one_unit, self.embedding(tokens_BL, positions_BL), unit_state)
-
-
 @functools.cache
-def _abstract(c: config_lib.Encoder, moe: config_lib.Moe):
-    """The module's graph and its abstract state; nothing is computed."""
-    return nnx.split(nnx.eval_shape(lambda: Encoder(c, moe, rngs=nnx.Rngs(0))))
+def _graph(make, *arguments):
+    """A module's graph and its abstract state; nothing is computed."""
+    return nnx.split(nnx.eval_shape(lambda: make(*arguments, rngs=nnx.Rngs(0))))
+
+
+def _merge(params: dict, make, *arguments) -> nnx.Module:
+    """The module with these arrays in it; their shapes may be others than those it would draw."""
+    graph, state = _graph(make, *arguments)
+    state = nnx.merge_state(state)  # a copy: replace_by_pure_dict writes into it
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
 
 
 def init(c: config_lib.Encoder, moe: config_lib.Moe, *, key: jax.Array, with_head: bool = False) -> dict:
@@ -96,8 +71,16 @@ def init(c: config_lib.Encoder, moe: config_lib.Moe, *, key: jax.Array, with_hea
 
     `with_head` adds `head`, that of masked language modelling (mlm_head.py).
     """
-    state = nnx.state(Encoder(c, moe, rngs=nnx.Rngs(params=key)))
-    params = _rename(nnx.to_pure_dict(state), stacked=False, rename=_with_repeats)
+    rngs = nnx.Rngs(params=key)
+    embedding = layers.Embedding(c, rngs=rngs)
+
+    @nnx.split_rngs(splits=c.num_layers // moe.unit_length)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_units(rngs: nnx.Rngs) -> Unit:
+        return Unit(c, moe, rngs=rngs)
+
+    draw = lambda module: nnx.to_pure_dict(nnx.state(module))  # noqa: E731
+    params = {"embedding": draw(embedding), "unit": _rename(draw(make_units(rngs)), lambda dims: f"R{dims}")}
     return params | {"head": mlm_head.init(c, key=jax.random.fold_in(key, 1))} if with_head else params
 
 
@@ -123,27 +106,42 @@ def apply(
     Returns:
       hidden_BLD in c.dtype, and moe.RouterSums of [R, E] (None for a dense encoder).
     """
-    graph, state = _abstract(c, moe)
-    state = nnx.merge_state(state)  # a copy: replace_by_pure_dict writes into it
-    params = {name: value for name, value in params.items() if name != "head"}
-    nnx.replace_by_pure_dict(state, _rename(params, stacked=False, rename=_without_repeats))
-    return nnx.merge(graph, state)(tokens_BL, segments_BL, positions_BL, recompute=recompute)
+    x_BLD, angles = enter(params["embedding"], tokens_BL, positions_BL, c=c)
+    one_unit = lambda x_BLD, unit: run_unit(unit, x_BLD, segments_BL, angles, c=c, moe=moe)  # noqa: E731
+    if recompute:
+        policy = jax.checkpoint_policies.save_only_these_names(attention.KEPT)
+        one_unit = jax.checkpoint(one_unit, policy=policy, prevent_cse=False)  # a scan's body is apart anyway
+    return jax.lax.scan(one_unit, x_BLD, _without_r(params["unit"]))
 
 
-def _rename(tree: dict, *, stacked: bool, rename) -> dict:
-    return {
-        (name if isinstance(value, dict) else rename(name, stacked)): (
-            _rename(value, stacked=stacked or name == "unit", rename=rename) if isinstance(value, dict) else value
-        )
-        for name, value in tree.items()
-    }
+def enter(embedding: dict, tokens_BL, positions_BL, *, c: config_lib.Encoder):
+    """What the first unit takes: x_BLD in c.dtype, and the rotary angles (None where positions are learned)."""
+    x_BLD = _merge(embedding, layers.Embedding, c)(tokens_BL, positions_BL)
+    if c.position != "rotary":
+        return x_BLD, None
+    return x_BLD, layers.rotary_angles(positions_BL, head_dim=c.dim // c.num_heads, base=c.rotary_base)
 
 
-def _with_repeats(name: str, stacked: bool) -> str:
-    head, _, dims = name.rpartition("_")
-    return f"{head}_R{dims}" if stacked else name
+def run_unit(unit: dict, x_BLD, segments_BL, angles, *, c: config_lib.Encoder, moe: config_lib.Moe):
+    """One repeat's blocks, `unit` as `one_of` names it: y_BLD, and moe.RouterSums of [E] (None for a dense encoder)."""
+    return _merge(unit, Unit, c, moe)(x_BLD, segments_BL, angles)
 
 
-def _without_repeats(name: str, stacked: bool) -> str:
-    head, _, dims = name.rpartition("_")
-    return f"{head}_{dims.removeprefix('R')}" if stacked else name
+def one_of(unit: dict, r: int) -> dict:
+    """The arrays of repeat `r`, as `run_unit` takes them: w_up_REDF -> w_up_EDF."""
+    return _without_r(jax.tree.map(lambda x: x[r], unit))
+
+
+def _without_r(unit: dict) -> dict:
+    return _rename(unit, lambda dims: dims.removeprefix("R"))
+
+
+def _rename(tree: dict, of_dims) -> dict:
+    """Other dims at the end of each array's name."""
+
+    def name(key: str) -> str:
+        head, _, dims = key.rpartition("_")
+        return f"{head}_{of_dims(dims)}"
+
+    return {name(k) if not isinstance(v, dict) else k: _rename(v, of_dims) if isinstance(v, dict) else v
+            for k, v in tree.items()}  # fmt: skip

@@ -141,7 +141,7 @@ def full_length(folder: pathlib.Path, peers: Peers, size: Size) -> tuple[list[Ro
     training.warm_up(batch, compare=True)
     tokens = sum(map(len, batch[1] + batch[2]))
     say(f"training, full length: {tokens:,} tokens a step, {size.rounds} rounds")
-    seconds = ratios.interleaved(training.sides(batch), rounds=size.rounds)
+    seconds = ratios.interleaved(training.sides(batch), rounds=size.rounds, in_a_row=2)
     rate = {name: tokens / float(np.median(times)) for name, times in seconds.items()}
     bars = {"(b) torch file": "at least 1x", "(a) expert loop": "goal 1.5x"}
     what = f"training, {size.full_pairs} pairs of {size.length} tokens each"
@@ -161,7 +161,8 @@ def length_mix(folder: pathlib.Path, peers: Peers, size: Size) -> tuple[list[Row
         lengths = [list(map(len, texts)) for texts in batch[1:]]
         tokens, room = sum(map(sum, lengths)), sum(len(part) * max(part) for part in lengths)
         say(f"training, {name}: {tokens:,} useful tokens in {batch[0]['tokens_MBL'].size:,} packed, {room:,} padded")
-        for side, times in ratios.interleaved(training.sides(batch, chunk=chunk), rounds=rounds).items():
+        sides = training.sides(batch, chunk=chunk)
+        for side, times in ratios.interleaved(sides, rounds=rounds, in_a_row=2).items():
             weighted[side] = weighted.get(side, 0) + share * np.array(times)
         useful, padded = useful + share * tokens, padded + share * room
     rate = {name: useful / float(np.median(times)) for name, times in weighted.items()}
@@ -222,7 +223,7 @@ def run(size: Size, scratch: pathlib.Path, *, only: Sequence[str], facts: dict[s
             say(f"  {row.ratio:.2f}  {row.what}, {row.peer}")
     notes.append(
         "Ratios are medians over rounds of their time over ours, neighbours in time; above 1 we are ahead. Peers get "
-        "token ids, our encode starts from texts. (a) is a loop over the experts, (b) the torch file our exports carry. "
+        "token ids, our encode starts from texts. A training step is timed after one of the same side. (a) is a loop over the experts, (b) the torch file our exports carry. "
         "Memory is what the compiler plans."
     )
     return ratios.table(rows, facts=facts, notes=notes)

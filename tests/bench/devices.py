@@ -35,7 +35,7 @@ def differences(folder: str, texts: Sequence[str], counts: Sequence[int] = COUNT
         rows = batches.fill_rows(ids, packed, num_rows=num_rows, row_length=longest)
         rows = {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}
         embed = program.build_embed(model.encoder, model.moe, mesh, num_segments=TEXTS_PER_ROW)
-        pooled_MBSD, _ = embed(model.params, sharding.put_batch(rows, mesh=mesh))
+        pooled_MBSD, _ = embed(program.lay_out(model.params, mesh), sharding.put_batch(rows, mesh=mesh))
         vectors = np.asarray(pooled_MBSD)[0, packed.row_N, packed.segment_N]
         found["the same rows"][count] = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
         found["encode"][count] = model.encode(texts)

@@ -29,16 +29,19 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call of each side, which take turns: a b c, b c a, c a b, ... Each must block until it is done.
+def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int, in_a_row: int = 1) -> dict[str, list[float]]:
+    """Seconds of a call of each side, which take turns: a b c, b c a, c a b, ... Each must block until it is done.
 
-    Nothing is called before the first turn: warm up (compile) before.
+    A turn is `in_a_row` calls of which the last is timed: what runs for hours, as training does, is measured as it runs, on
+    memory that its own last step used and not the other side's. Nothing is called before the first turn: compile before.
     """
     names, seconds = list(sides), {name: [] for name in sides}
     gc.collect()
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             time.sleep(PAUSE)
+            for _ in range(in_a_row - 1):
+                sides[name]()
             start = time.perf_counter()
             sides[name]()
             seconds[name].append(time.perf_counter() - start)
