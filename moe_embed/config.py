@@ -81,6 +81,7 @@ class Data:
     row_length: int = 512  # tokens L in a packed row
     rows: int = 32  # packed rows B of one micro-batch on one device
     texts_per_row: int = 64  # at most S texts share a row
+    held_out: float = 0.0  # share of the pairs kept out of training, and searched for before and after (held_out.py)
     dev: tuple[str, ...] = ()  # BEIR folders with qrels/dev.tsv, evaluated during training
 
 
@@ -89,7 +90,9 @@ class Loss:
     """What is minimised: InfoNCE over the documents of the global batch, or masked language modelling; and the balance loss."""
 
     objective: str = "contrastive"  # or "mlm"
-    form: str = "gathered"  # or "ring": the same in tiles, for batches whose N x C scores are too many to hold
+    form: str = (
+        "auto"  # "gathered": a device holds its N x C scores; "ring": the same in tiles; auto: by objectives.SCORES
+    )
     temperature: float = 0.02
     bidirectional: bool = False  # also document -> query, averaged (the paper: query -> document only)
     mask_duplicates: bool = True  # a copy of the positive document, or a positive of the same query, is no negative
@@ -115,9 +118,7 @@ class Optim:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_norm: float = 1.0
-    freeze_embedding: bool = (
-        False  # the piece table stays as it is: 192M of the 475M parameters, and no moments for them
-    )
+    freeze_embedding: bool = False  # 192M of the 475M parameters, and no moments for them: the piece table stays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,7 @@ CHOICES = {
     "encoder.dtype": ("float32", "bfloat16"),
     "encoder.position": ("rotary", "learned"),
     "loss.objective": ("contrastive", "mlm"),
-    "loss.form": ("gathered", "ring"),
+    "loss.form": ("auto", "gathered", "ring"),
     "loss.distill": ("", "scores", "embeddings"),
     "optim.schedule": ("cosine", "linear", "inverse_sqrt", "constant"),
 }
@@ -341,6 +342,8 @@ def _contradictions(c: Config) -> list[str]:
          f'config.loss.form="ring" has no distillation ({c.loss.distill}); config.loss.form="gathered" has.'),
         (bool(c.data.teacher) == (c.loss.distill == "embeddings"),
          'config.data.teacher names the vectors of config.loss.distill="embeddings"; set both or neither.'),
+        (0 <= c.data.held_out <= 0.5 and not (c.data.held_out and (c.loss.objective == "mlm" or c.data.teacher)),
+         f"config.data.held_out={c.data.held_out} must be between 0 and 0.5, and 0 for mlm and with config.data.teacher."),
         (0 < c.loss.mask_fraction < 1, f"config.loss.mask_fraction={c.loss.mask_fraction} must be between 0 and 1."),
         (c.loss.distill_temperature > 0,
          f"config.loss.distill_temperature={c.loss.distill_temperature} must be positive."),
@@ -378,7 +381,8 @@ def _contradictions(c: Config) -> list[str]:
     for section, keys in positive.items():
         for key in keys:
             value = getattr(getattr(c, section), key)
-            rules.append((value > 0, f"config.{section}.{key}={value} must be positive."))
+            open_ = c.data.held_out > 0 and key in ("batch_size", "steps") and value == 0  # left to held_out.fit
+            rules.append((value > 0 or open_, f"config.{section}.{key}={value} must be positive."))
     not_negative = {
         "optim": ("learning_rate", "warmup_steps", "weight_decay"),
         "data": ("num_negatives", "smoothing"),

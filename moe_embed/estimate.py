@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from moe_embed import config as config_lib
-from moe_embed import sharding
+from moe_embed import objectives, sharding
 from moe_embed import topology as topology_lib
 from moe_embed.ring_infonce import TILE
 
@@ -128,9 +128,14 @@ def memory(config: config_lib.Config, step: Step, *, abstract_state: dict, mesh)
         places = math.ceil(config.loss.mask_fraction * config.data.row_length) * config.data.rows
         return bars | {"embeddings": 0.0, "loss": 2.0 * FLOAT * places * c.vocab_size}
     slots = step.num_micro * config.data.rows * config.data.texts_per_row
-    loss = loss_forms(config, step)[config.loss.form]["bytes"]
-    gathered = step.candidates if config.loss.form == "gathered" else 0
+    form = loss_form(config, step)
+    loss, gathered = loss_forms(config, step)[form]["bytes"], step.candidates if form == "gathered" else 0
     return bars | {"embeddings": 2.0 * FLOAT * c.dim * (slots + gathered), "loss": loss}
+
+
+def loss_form(config: config_lib.Config, step: Step) -> str:
+    """ "gathered" or "ring"."""
+    return objectives.with_form(config, num_devices=step.num_devices).loss.form
 
 
 def loss_forms(config: config_lib.Config, step: Step) -> dict[str, dict[str, float]]:
@@ -144,15 +149,15 @@ def loss_forms(config: config_lib.Config, step: Step) -> dict[str, dict[str, flo
     tile = min(n, TILE) * min(step.documents, TILE)
     ring = (BYTES[c.dtype] + FLOAT) * c.dim * (n + 2 * step.documents) + 3 * FLOAT * (n + tile)
     return {
-        "gathered": {"bytes": 2.0 * FLOAT * n * step.candidates * (1 + len(config.loss.dims)), "flops": 6.0 * product},
+        "gathered": {"bytes": float(objectives.score_bytes(n, step.candidates, c=config.loss)), "flops": 6.0 * product},
         "ring": {"bytes": float(ring), "flops": 8.0 * product},
     }
 
 
-def ring_from(config: config_lib.Config, step: Step, *, hbm: float) -> int:
-    """Pairs in a global batch from which the gathered scores take more than a tenth of a device's memory."""
+def ring_from(config: config_lib.Config, step: Step) -> int:
+    """Pairs in a global batch from which config.loss.form="auto" is the ring."""
     pairs = step.items * step.num_devices
-    return round(pairs * math.sqrt(hbm / 10 / loss_forms(config, step)["gathered"]["bytes"]))
+    return round(pairs * math.sqrt(objectives.SCORES / loss_forms(config, step)["gathered"]["bytes"]))
 
 
 def passes(config: config_lib.Config) -> int:
@@ -173,7 +178,7 @@ def wires(config: config_lib.Config, step: Step, *, abstract_state: dict, mesh) 
     tokens = moved_tokens(config, num_parts=expert_parts(mesh)) * step.places
     return {
         "gradients": gradients,
-        "documents": float(numbers * (ring if config.loss.form == "ring" else 2 * FLOAT)),
+        "documents": float(numbers * (ring if loss_form(config, step) == "ring" else 2 * FLOAT)),
         "experts": tokens,
     }
 

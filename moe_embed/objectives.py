@@ -5,6 +5,8 @@ Encoding is a scan over micro-batches. With `run.recompute` each is under jax.ch
 micro-batch in hand it keeps the results of products, and computes once more what lies between them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +17,9 @@ from moe_embed.model import encoder, layers, mlm_head
 from moe_embed.model.moe import RouterSums
 from moe_embed.ring_infonce import ring_infonce
 
+SCORES = (
+    1 << 28
+)  # bytes of scores and their gradient; a device that would hold more computes the loss in tiles, as a ring
 ROWS = ("tokens_MBL", "segments_MBL", "positions_MBL")
 
 
@@ -77,6 +82,22 @@ def contrastive(params: dict, batch: dict, *, config: config_lib.Config):
         teacher=Teacher(**teacher),
     )
     return _with_balance(loss, metrics, sums, num_tokens, config)
+
+
+def score_bytes(num_queries: int, num_documents: int, *, c: config_lib.Loss) -> int:
+    """What a device holds of the gathered loss: float32 scores of its queries and all documents, a prefix each, and their gradient."""
+    return 8 * num_queries * num_documents * (1 + len(c.dims))
+
+
+def with_form(config: config_lib.Config, *, num_devices: int) -> config_lib.Config:
+    """`config` with its `loss.form` decided. Distillation compares whole rows of scores: the ring has none."""
+    if config.loss.form != "auto":
+        return config
+    tiled = config.loss.objective == "contrastive" and not config.loss.distill
+    pairs = config.data.batch_size
+    held = score_bytes(pairs // num_devices, pairs * (1 + config.data.num_negatives), c=config.loss)
+    tiled = tiled and held > SCORES
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, form="ring" if tiled else "gathered"))
 
 
 def mlm(params: dict, batch: dict, *, config: config_lib.Config, num_ids: int | None = None):

@@ -62,6 +62,7 @@ def plan(config: Config, topology: Topology, *, tokens_a_pair: float | None = No
     """All that is known beforehand of a step of `config` on `topology`, as plain JSON. UserError where it cannot be."""
     mesh = sharding.imagine_mesh(config.mesh, num_devices=topology.num_chips)
     prog = program.build(config, mesh)
+    config = prog.config  # with loss.form decided
     tokens_a_pair = estimate.tokens_per_pair(config) if tokens_a_pair is None else tokens_a_pair
     step = estimate.step_of(config, num_devices=topology.num_chips, tokens_a_pair=tokens_a_pair)
     of_state = {"abstract_state": prog.abstract_state, "mesh": mesh}
@@ -106,7 +107,7 @@ def plan(config: Config, topology: Topology, *, tokens_a_pair: float | None = No
         "step_seconds": seconds,
         "recipe": {"steps": config.run.steps, "hours": hours,
                    "chip_hours": {end: value * topology.num_chips for end, value in hours.items()}},
-        "crossovers": crossovers(config, step, topology),
+        "crossovers": crossovers(config, step),
         "fits": fits,
         "verdict": verdict(hbm, fits, "" if fits else remedy(config, step, topology, hbm)),
         "compile_seconds": compiled.seconds if compiled else None,
@@ -157,12 +158,12 @@ def custom_calls(count) -> dict[str, dict]:
     return found
 
 
-def crossovers(config: Config, step: Step, topology: Topology) -> dict:
+def crossovers(config: Config, step: Step) -> dict:
     """Where the other way of doing it begins to pay: experts split over devices, the loss as a ring."""
     found: dict = {"expert_parallel": estimate.expert_crossover(config, step)}
     if config.loss.objective != "mlm":
         found["loss"] = estimate.loss_forms(config, step)
-        found["loss"]["ring_from_pairs"] = estimate.ring_from(config, step, hbm=topology.chip.hbm)
+        found["loss"]["ring_from_pairs"] = estimate.ring_from(config, step)
     return found
 
 
@@ -172,7 +173,7 @@ def remedy(config: Config, step: Step, topology: Topology, hbm: dict) -> str:
     moving = (1 - STAYS) * kept  # in proportion to the tokens that are kept
     if not config.run.recompute and moving * (1 - 1 / step.num_micro) >= must_go:
         return "--config.run.recompute=true"
-    if config.loss.objective != "mlm" and config.loss.form == "gathered" and not config.loss.distill:
+    if config.loss.objective != "mlm" and estimate.loss_form(config, step) == "gathered" and not config.loss.distill:
         forms = estimate.loss_forms(config, step)
         if forms["gathered"]["bytes"] - forms["ring"]["bytes"] >= must_go:
             return "--config.loss.form=ring"
@@ -271,7 +272,7 @@ def crossover_lines(found: dict) -> list[str]:
         out += [
             f"loss         gathered {gathered['bytes'] / GIB:,.3f} GiB, {gathered['flops']:.2e} FLOPs; ring "
             f"{ring['bytes'] / GIB:,.3f} GiB, {ring['flops']:.2e}",
-            f"             (from {found['loss']['ring_from_pairs']:,} pairs on gathered scores take over a tenth of the memory)",
+            f"             (from {found['loss']['ring_from_pairs']:,} pairs on config.loss.form=auto is the ring)",
         ]
     return out
 

@@ -39,6 +39,21 @@ def test_balance_loss_equals_the_loop_of_the_paper():
     assert float(objectives.balance_loss(halves[0], num_tokens=tokens, top_k=k)) != pytest.approx(expected, rel=1e-5)
 
 
+def test_the_loss_is_tiled_where_its_scores_would_be_too_many():
+    """8 bytes a score: 2,048 pairs a device against 16,384 documents are 256 MiB, the most that is held."""
+
+    def form(num_devices=8, **of_loss):
+        c = tiny.config(data={"batch_size": 16_384, "teacher": "t" if "distill" in of_loss else ""}, loss=of_loss)
+        return objectives.with_form(c, num_devices=num_devices).loss.form
+
+    assert form() == "gathered"
+    assert form(num_devices=4) == form(dims=(8,)) == "ring"
+    assert form(num_devices=4, form="gathered") == "gathered"
+    assert form(form="ring") == "ring"
+    assert form(num_devices=4, distill="embeddings") == "gathered"  # the ring has none
+    assert form(num_devices=1, objective="mlm") == "gathered"
+
+
 def mlm_by_hand(params, batch, *, c, num_ids):
     """The scores of every piece in every place first; then those of the masked places, one after the other.
 

@@ -91,7 +91,7 @@ def test_kernels_that_nobody_can_count_are_said():
         ((), 5, 16, "--topology=v5e-16"),
         (("--config.run.recompute=false",), 100, 5, "--topology=v5e-16"),
         (("--config.run.recompute=false",), 15, 6, "--config.run.recompute=true"),
-        (("--config.data.batch_size=131072",), 5, 14, "--config.loss.form=ring"),
+        (("--config.data.batch_size=131072", "--config.loss.form=gathered"), 5, 14, "--config.loss.form=ring"),
         (("--config.data.batch_size=131072", "--config.loss.form=ring"), 12, 6, "--config.data.rows=16, 512 micro-batches"),
     ],
 )  # fmt: skip
