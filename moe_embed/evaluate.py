@@ -3,9 +3,11 @@
     python -m moe_embed.evaluate --model=runs/demo --task=moe_embed/sample/tasks/xling-libreoffice-help-de-en --output=r.json
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --dims=128,64 --output=r.json
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --baseline=bm25 --output=r.json
+    python -m moe_embed.evaluate --compare=r.json,base.json
 
-Writes {"task": {"ndcg@10": ...}}; with --dims a task also has "dims": {"64": {...}}; with --baseline
-{"moe_embed": {"task": ...}, "bm25": {"task": ...}}.
+Writes {"task": {"ndcg@10": ..., "interval": [low, high], "queries": {id: nDCG@10}}}: the interval is a bootstrap's, 95 %. With
+--dims a task also has "dims": {"64": {...}}, with --precisions "precisions": {"int8": {...}}; with --baseline
+{"moe_embed": {"task": ...}, "bm25": {"task": ...}}. --compare says which of two outputs is better, and how sure that is.
 """
 
 import argparse
@@ -15,12 +17,12 @@ import logging
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import bm25s
 import numpy as np
 
-from moe_embed import retrieval, verb
+from moe_embed import quantize, retrieval, significance, verb
 from moe_embed.config import UserError
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
@@ -40,13 +42,24 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--show", type=pathlib.Path, help="print the table of an earlier output instead")
     parser.add_argument("--split", default="test", help="the qrels to use (default: test)")
     parser.add_argument("--dims", default="", help="also with vectors cut to these lengths, separated by commas")
+    parser.add_argument("--precisions", default="", help="also with vectors of int8, binary or both: int8,binary")
     parser.add_argument("--baseline", choices=("bm25",), help="also measure this, in the same table")
+    parser.add_argument(
+        "--runs", type=pathlib.Path, help="also write each task's ranking there: TASK.trec, TREC's run format"
+    )
+    parser.add_argument("--compare", help="two earlier outputs, R.json,BASE.json: is the first better?")
     arguments = parser.parse_args(argv)
     if arguments.show:
-        print(table(read_results(arguments.show)))
+        print(table(read_results(arguments.show, "--show")))
+        return
+    if arguments.compare:
+        paths = arguments.compare.split(",")
+        if len(paths) != 2:
+            raise UserError(f"--compare={arguments.compare} must name two outputs of evaluate, as in r.json,base.json.")
+        print(comparison(*(read_queries(pathlib.Path(path)) for path in paths), names=paths))
         return
     if not (arguments.model and arguments.task and arguments.output):
-        parser.error("give --model, --task and --output, or --show=R.json")
+        parser.error("give --model, --task and --output, or --show=R.json, or --compare=R.json,BASE.json")
     verb.check_output(arguments.output, "--output")
     folders = [folder for folder in arguments.task.split(",") if folder]
     if not folders:
@@ -54,39 +67,104 @@ def main(argv: Sequence[str]) -> None:
     tasks = [read_task(folder, split=arguments.split) for folder in folders]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--task={arguments.task} has two folders of one name; results go by the folder's name.")
-    dims = _dims(arguments.dims)
-    results = {"moe_embed": evaluate(load(arguments.model), tasks, dims=dims)}
+    dims, precisions = _dims(arguments.dims), _precisions(arguments.precisions)
+    if arguments.runs:
+        arguments.runs.mkdir(parents=True, exist_ok=True)
+    found = evaluate(load(arguments.model), tasks, dims=dims, precisions=precisions, runs=arguments.runs)
+    results = {"moe_embed": found}
     if arguments.baseline:
-        results["bm25"] = {task.name: retrieval.measure(task, bm25(task)) for task in tasks}
+        results["bm25"] = {task.name: measured(task, bm25(task)) for task in tasks}
     print(table(results))
     arguments.output.write_text(json.dumps(results if arguments.baseline else results["moe_embed"], indent=1) + "\n")
 
 
-def read_results(path: pathlib.Path) -> dict[str, dict[str, dict]]:
+def read_results(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
     """What an earlier run wrote, by system: {"moe_embed": {task: {...}}[, "bm25": ...]}."""
     try:
         results = json.loads(path.read_text("utf-8"))
         first = next(iter(next(iter(results.values())).values()))
-        results = results if isinstance(first, dict) else {"moe_embed": results}
+        results = results if isinstance(first, dict) and "ndcg@10" in first else {"moe_embed": results}
         if not all("ndcg@10" in values for tasks in results.values() for values in tasks.values()):
             raise ValueError("a task without ndcg@10")
         return results
     except (OSError, ValueError, AttributeError, TypeError, StopIteration) as error:
-        raise UserError(f"--show={path} is no output of evaluate ({error}).") from error
+        raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error
 
 
-def evaluate(model: Model, tasks: Sequence[Task], *, dims: Sequence[int] = ()) -> dict[str, dict]:
-    """{task: {"ndcg@10": x, "recall@10": x, "mrr@10": x[, "dims": {"64": {...}}]}}, fractions in [0, 1]."""
+def read_queries(path: pathlib.Path) -> dict[str, dict[str, float]]:
+    """The model's nDCG@10 of each query that an earlier run wrote: task -> query id -> value."""
+    results = next(iter(read_results(path, "--compare").values()))
+    without = [task for task, values in results.items() if "queries" not in values]
+    if without:
+        raise UserError(f"{path} has no figures of single queries ({without[0]}); evaluate that model again.")
+    return {task: values["queries"] for task, values in results.items()}
+
+
+def evaluate(
+    model: Model,
+    tasks: Sequence[Task],
+    *,
+    dims: Sequence[int] = (),
+    precisions: Sequence[str] = (),
+    runs: pathlib.Path | None = None,
+) -> dict[str, dict]:
+    """{task: `measured`[, "dims": {"64": {...}}][, "precisions": {"int8": {...}}]}; rankings go to the folder `runs`."""
     results = {}
     encode = lambda texts, name: model.encode(texts, model.prompt(name), progress=sys.stderr.isatty())  # noqa: E731
     for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
-        results[task.name] = retrieval.measure(task, retrieval.run_of(task, query_ND, document_CD))
+        run = retrieval.run_of(task, query_ND, document_CD)
+        results[task.name] = measured(task, run)
+        of = lambda *vectors, task=task: retrieval.measure(task, retrieval.run_of(task, *vectors))  # noqa: E731
         if dims:
-            results[task.name]["dims"] = {
-                str(dim): retrieval.measure(task, retrieval.run_of(task, _cut(query_ND, dim), _cut(document_CD, dim)))
-                for dim in dims
+            results[task.name]["dims"] = {str(dim): of(_cut(query_ND, dim), _cut(document_CD, dim)) for dim in dims}
+        if precisions:
+            ranges = quantize.ranges_of(document_CD)
+            small = lambda x_ND, name, ranges=ranges: quantize.for_search(x_ND, name, ranges)  # noqa: E731
+            results[task.name]["precisions"] = {
+                name: of(small(query_ND, name), small(document_CD, name)) for name in precisions
             }
+        if runs:
+            (runs / f"{task.name}.trec").write_text("".join(trec_lines(run)), "utf-8")
     return results
+
+
+def measured(task: Task, run: dict[str, dict[str, float]]) -> dict:
+    """nDCG@10, recall@10 and MRR@10 in [0, 1]; of nDCG@10 also its 95 % interval and each query's value."""
+    per_query = retrieval.measure_queries(task, run)
+    figures: dict = {name: float(values.mean()) for name, values in per_query.items()}
+    ndcg = per_query["ndcg@10"]
+    queries = dict(zip(task.queries, map(float, ndcg), strict=True))
+    return figures | {"interval": significance.interval([ndcg]), "queries": queries}
+
+
+def trec_lines(run: dict[str, dict[str, float]]) -> Iterator[str]:
+    """TREC's run format, what trec_eval and ir_measures read: query, Q0, document, rank, score, system."""
+    for query_id, scores in run.items():
+        for rank, (document_id, score) in enumerate(sorted(scores.items(), key=lambda item: -item[1]), start=1):
+            yield f"{query_id} Q0 {document_id} {rank} {score:.8g} moe_embed\n"
+
+
+def comparison(first: dict, second: dict, *, names: Sequence[str]) -> str:
+    """A table of two systems' nDCG@10, task by task on the queries of both, and one line that says which is better."""
+    tasks = [task for task in first if task in second]
+    if not tasks:
+        raise UserError(f"{names[0]} and {names[1]} have no task in common.")
+    for task in tasks:
+        if first[task].keys() != second[task].keys():
+            raise UserError(f"{names[0]} and {names[1]} have other queries for {task}; evaluate both on the same task.")
+    pairs = [tuple(np.array([of[task][q] for q in first[task]]) for of in (first, second)) for task in tasks]
+    width = max(map(len, [*tasks, "mean"]))
+    lines = ["task".ljust(width) + f"  {'first':>7}  {'second':>7}  {'difference, 95 % interval':>28}"]
+
+    def row(label: str, some: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+        a, b = (100 * np.mean([pair[side].mean() for pair in some]) for side in (0, 1))
+        low, high = (100 * end for end in significance.interval([x - y for x, y in some]))
+        return label.ljust(width) + f"  {a:7.1f}  {b:7.1f}  {a - b:+8.1f}   {low:+6.1f} to {high:+6.1f}"
+
+    lines += [row(task, [pair]) for task, pair in zip(tasks, pairs, strict=True)]
+    if len(tasks) > 1:
+        lines += ["-" * len(lines[0]), row("mean", pairs)]
+    return "\n".join([*lines, significance.verdict([a - b for a, b in pairs], names=names)])
 
 
 def bm25(task: Task) -> dict[str, dict[str, float]]:
@@ -148,10 +226,11 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     }
     lines += [row(label, members) for label, members in groups.items() if members]
     own = results[systems[0]]
-    if "dims" in own[names[0]]:
-        lines.append("nDCG@10 of shorter vectors, mean of all tasks:")
-        for dim in own[names[0]]["dims"]:
-            lines.append(f"  {dim:>5}  {100 * np.mean([own[name]['dims'][dim]['ndcg@10'] for name in names]):5.1f}")
+    for kind, title in (("dims", "shorter vectors"), ("precisions", "smaller numbers")):
+        if kind in own[names[0]]:
+            lines.append(f"nDCG@10 of {title}, mean of all tasks:")
+            for key in own[names[0]][kind]:
+                lines.append(f"  {key:>6}  {100 * np.mean([own[name][kind][key]['ndcg@10'] for name in names]):5.1f}")
     return "\n".join(lines)
 
 
@@ -160,6 +239,13 @@ def _dims(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--dims={text} is not a list of positive integers, as in --dims=128,64.")
     return [int(part) for part in parts]
+
+
+def _precisions(text: str) -> list[str]:
+    parts = [part for part in text.split(",") if part]
+    if not set(parts) <= set(quantize.PRECISIONS):
+        raise UserError(f"--precisions={text} is not a list of {' and '.join(quantize.PRECISIONS)}.")
+    return parts
 
 
 def _cut(x_ND: np.ndarray, dim: int) -> np.ndarray:

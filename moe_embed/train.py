@@ -17,7 +17,19 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from moe_embed import agreement, checkpoint, cluster, metrics, optim, program, retrieval, sharding, verb
+from moe_embed import (
+    agreement,
+    checkpoint,
+    cluster,
+    held_out,
+    metrics,
+    optim,
+    program,
+    retrieval,
+    same_run,
+    sharding,
+    verb,
+)
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
 from moe_embed.data import batches as batches_lib
@@ -37,20 +49,6 @@ from moe_embed.load import (
 from moe_embed.model import mlm_head
 
 WARM_UP = 2  # steps before a trace: they compile
-
-# What a rerun may say otherwise. The data itself is compared by content: the fingerprint beside each checkpoint.
-MAY_CHANGE = (
-    "data.sources",
-    "data.tokenizer",
-    "mesh.",
-    "run.eval_every",
-    "run.save_every",
-    "run.keep",
-    "run.recompute",
-    "data.dev",
-    "data.rows",
-    "loss.form",
-)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -102,7 +100,7 @@ def train(
     first = checkpoint.newest_verified(checkpoints, say=print)
     prompts, base, tokenizer = prompts_of(config), None, None
     before = read_description(workdir) if (workdir / DESCRIPTION).is_file() else None
-    init_from = same_beginning(before, init_from, workdir, begun=first is not None)
+    init_from = same_run.same_beginning(before, init_from, workdir, begun=first is not None)
     if init_from:
         if first is None:
             before = base = load(init_from, mesh=mesh)
@@ -115,17 +113,17 @@ def train(
             raise UserError(
                 f"--config.data.tokenizer={config.data.tokenizer} is not the tokenizer of {origin}; leave it out."
             )
-    batches, tokenizer, tasks = open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
+    config, batches, tokenizer, tasks, held = open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
     agreement.check_data(config, batches.fingerprint)
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
-    say_what_will_run(config, prog, batches)
-    cluster.on_first(lambda: check_workdir(config, workdir))
+    say_what_will_run(config, prog, batches, held)
+    cluster.on_first(lambda: same_run.check_workdir(config, workdir))
 
     if first is None:
         state, first = prog.init(parameters_of(base, prog, batches)), 0
         del base  # its parameters are the state's now
     else:
-        check_fingerprint(checkpoint.facts(checkpoints, first), batches.fingerprint, workdir)
+        same_run.check_fingerprint(checkpoint.facts(checkpoints, first), batches.fingerprint, workdir)
         if first >= config.run.steps:
             print(f"{workdir} is finished: step {first} of {config.run.steps}, verified. Nothing to do.")
             return
@@ -138,6 +136,11 @@ def train(
     writes_to = workdir if cluster.is_first() else None
     with metrics.Writer(writes_to, first_step=first, last_step=config.run.steps) as writer:
         measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
+        search = lambda: per_query(model_of(prog, state, tokenizer, prompts), held)  # noqa: E731
+        if held and first == 0:
+            before = search()
+            writer.say(f"held out: nDCG@10 {100 * np.mean(list(before.values())):.1f} before training.")
+            cluster.on_first(lambda: held_out.remember(workdir, before))
         if tasks and first == 0 and config.run.eval_every:
             writer.evaluation(0, measure())  # what the run begins with: else nobody knows what it was good for
         step_of_size = {}  # compiled, by the number of micro-batches
@@ -165,7 +168,10 @@ def train(
             if save:
                 checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
                 writer.lap()
+        after = search() if held else {}
     print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
+    if held:
+        cluster.on_first(lambda: print(held_out.conclude(workdir, after)))
 
 
 def traced(items: Iterable, folder: pathlib.Path, *, count: int) -> Iterator:
@@ -185,24 +191,6 @@ def traced(items: Iterable, folder: pathlib.Path, *, count: int) -> Iterator:
         if tracing:
             jax.profiler.stop_trace()
             print(f"traced to {folder}, up to the end of the run; look at it with xprof.")
-
-
-def same_beginning(
-    before: Description | None, init_from: str | None, workdir: pathlib.Path, *, begun: bool
-) -> str | None:
-    """What the run in `workdir` starts from. UserError where an earlier call said otherwise: it would be another run."""
-    if before is None or before.config is None or (not begun and init_from):
-        return init_from  # new; or nothing is trained yet
-    if init_from and init_from != before.init_from:
-        began = f"--init_from={before.init_from}" if before.init_from else "fresh parameters"
-        raise UserError(
-            f"{workdir} began with {began}, not --init_from={init_from}; leave it out, or name another --workdir."
-        )
-    if before.init_from and not begun:
-        raise UserError(
-            f"{workdir} was to begin with --init_from={before.init_from}; say so again, or name another --workdir."
-        )
-    return before.init_from
 
 
 def inherit(
@@ -258,7 +246,7 @@ def parameters_of(base: Model | None, prog: program.Program, batches) -> dict:
 def open_data(config: Config, *, num_shards: int, tokenizer=None):
     """Read the tokenizer (unless one is given), every source and every dev task, and choose the shapes of the batches.
 
-    Returns (Batches or MlmBatches, tokenizer, [Task]). UserError names every file that is at fault, not only the first.
+    Returns (config with what the data decides, Batches or MlmBatches, tokenizer, [Task], the held-out Task or None). UserError names every file that is at fault, not only the first.
     """
     c, faults = config.data, []
 
@@ -277,7 +265,11 @@ def open_data(config: Config, *, num_shards: int, tokenizer=None):
     tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
     if faults:
         raise UserError(*faults)
-    return kind(sources, tokenizer, config, num_shards=num_shards), tokenizer, tasks
+    held = None
+    if c.held_out:
+        sources, held = held_out.split(sources, share=c.held_out)
+        config = held_out.fit(config, num_pairs=sum(map(len, sources)))
+    return config, kind(sources, tokenizer, config, num_shards=num_shards), tokenizer, tasks, held
 
 
 def due(done: int, every: int, config: Config) -> bool:
@@ -296,7 +288,7 @@ def compile_step(prog: program.Program, state: dict, arrays: dict, writer: metri
     return compiled
 
 
-def say_what_will_run(config: Config, prog: program.Program, batches: batches_lib.Batches) -> None:
+def say_what_will_run(config: Config, prog: program.Program, batches: batches_lib.Batches, held=None) -> None:
     """A few lines a person reads before the bar starts: devices, parameters, data."""
     total, active = program.count_parameters(prog.abstract_state["params"], config)
     mesh = " x ".join(f"{axis}={size}" for axis, size in prog.mesh.shape.items())
@@ -305,56 +297,18 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
     )
     print(f"parameters  {total:,}, of which a token uses {active:,}")
     print(f"data        {batches.summary}")
+    if prog.config.loss.form == "ring":
+        print("loss        in tiles (ring): the batch's scores are never held")
+    if held:
+        print(
+            f"held out    {len(held.queries):,} queries, searched for among {len(held.corpus):,} documents before and after"
+        )
     if config.optim.freeze_embedding:
         frozen = prog.abstract_state["params"]["embedding"][optim.FROZEN]
         print(f"frozen      the piece table, {frozen.size:,} of the parameters")
     if config.optim.warmup_steps >= config.run.steps:
         print(f"warm-up     {config.optim.warmup_steps} steps: this run ends before the learning rate reaches its peak")
     print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
-
-
-def check_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Make or recognise the workdir. UserError if it cannot be written, or holds checkpoints of another config."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "writable").touch()
-        (workdir / "writable").unlink()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
-    if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
-        before = read_description(workdir)
-        if before.config is None:
-            raise UserError(
-                f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}."
-            )
-        refuse_changes(before.config, config, workdir)
-
-
-def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
-    """A run continues only under the config it began with; the mesh, and how often it saves or evaluates, may change.
-
-    So may its length, where the learning rate of a step does not depend on it.
-    """
-    old, new = config_lib.to_dict(before), config_lib.to_dict(now)
-    changed = [f"{s}.{k}" for s in new for k in new[s] if old[s][k] != new[s][k]]
-    may_change = MAY_CHANGE + (("run.steps",) if now.optim.schedule in ("constant", "inverse_sqrt") else ())
-    refused = [name for name in changed if not name.startswith(may_change)]
-    if refused:
-        value = lambda tree, name: tree[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
-        raise UserError(*(
-            f"{workdir} was trained with config.{name}={value(old, name)!r}, not {value(new, name)!r}; "
-            f"give another --workdir, or the old value." for name in refused
-        ))  # fmt: skip
-
-
-def check_fingerprint(saved: dict, now: dict, workdir: pathlib.Path) -> None:
-    """The data a run continues with is the data it began with."""
-    for name in now:
-        before = saved[name] if name in saved else None
-        if before != now[name]:
-            raise UserError(
-                f"the data of {workdir} changed: {name} was {before}, is {now[name]}; use another --workdir."
-            )
 
 
 def write_row(writer: metrics.Writer, step: int, device_metrics: dict, batch: batches_lib.Batch) -> None:
@@ -375,12 +329,21 @@ def model_of(prog: program.Program, state: dict, tokenizer, prompts: dict[str, s
 
 def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float]:
     """nDCG@10 on the dev tasks: {"ndcg": mean, "ndcg/<task>": ...}."""
-    encode = lambda texts, name: model.encode(texts, model.prompt(name))  # noqa: E731
-    figures = {}
-    for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
-        found = retrieval.run_of(task, query_ND, document_CD)
-        figures[f"ndcg/{task.name}"] = retrieval.measure(task, found)["ndcg@10"]
+    figures = {f"ndcg/{task.name}": float(values.mean()) for task, values in ndcg_of(model, tasks)}
     return {"ndcg": float(np.mean(list(figures.values()))), **figures}
+
+
+def per_query(model: Model, task: sources_lib.Task) -> dict[str, float]:
+    """nDCG@10 of each query of a task."""
+    ((_, values),) = ndcg_of(model, [task])
+    return dict(zip(task.queries, map(float, values), strict=True))
+
+
+def ndcg_of(model: Model, tasks: Sequence[sources_lib.Task]) -> Iterator[tuple[sources_lib.Task, np.ndarray]]:
+    """Each task with its queries' nDCG@10."""
+    encode = lambda texts, name: model.encode(texts, model.prompt(name))  # noqa: E731
+    for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
+        yield task, retrieval.measure_queries(task, retrieval.run_of(task, query_ND, document_CD))["ndcg@10"]
 
 
 if __name__ == "__main__":

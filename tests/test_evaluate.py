@@ -1,5 +1,6 @@
 """Words, a ten-line BM25, the table, and metrics of a stand-in model whose vectors are known."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -158,7 +159,7 @@ def test_the_verb_writes_json_and_names_its_faults(tmp_path, monkeypatch, capsys
     evaluate.main([*arguments, "--dims=8", "--baseline=bm25"])
     results = json.loads(output.read_text())
     assert list(results) == ["moe_embed", "bm25"]
-    assert results["moe_embed"][name].keys() == {"ndcg@10", "recall@10", "mrr@10", "dims"}
+    assert results["moe_embed"][name].keys() == {"ndcg@10", "recall@10", "mrr@10", "interval", "queries", "dims"}
     assert 0 <= results["moe_embed"][name]["dims"]["8"]["ndcg@10"] < results["bm25"][name]["ndcg@10"] <= 1
     assert name in capsys.readouterr().out
     evaluate.main(arguments)
@@ -167,3 +168,69 @@ def test_the_verb_writes_json_and_names_its_faults(tmp_path, monkeypatch, capsys
                          ("--split=dev", "dev"), ("--output=no/r.json", "no/r"), ("--task=x", "x")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             evaluate.main([*arguments, fault])
+
+
+def test_queries_intervals_small_vectors_and_runs(tmp_path):
+    found = evaluate.evaluate(stand_in(), [task()], precisions=("int8", "binary"), runs=tmp_path)["t"]
+    assert found["queries"].keys() == QUERIES.keys()
+    assert np.mean(list(found["queries"].values())) == pytest.approx(found["ndcg@10"])
+    assert found["interval"][0] < found["ndcg@10"] < found["interval"][1]
+    assert found["precisions"]["int8"] == pytest.approx({m: found[m] for m in retrieval.METRICS}, abs=0.2)
+    assert found["precisions"]["binary"] != found["precisions"]["int8"]
+    lines = [line.split() for line in (tmp_path / "t.trec").read_text().splitlines()]
+    assert len(lines) == len(QUERIES) * len(CORPUS)
+    assert [line[3] for line in lines[:5]] == ["1", "2", "3", "4", "5"]
+    assert all(float(a[4]) >= float(b[4]) for a, b in itertools.pairwise(lines[:5]))
+    read = {q: {line[2]: float(line[4]) for line in lines if line[0] == q} for q in QUERIES}
+    assert retrieval.measure(task(), read)["ndcg@10"] == pytest.approx(found["ndcg@10"])
+
+
+def compare(tmp_path, first: dict, second: dict, capsys) -> str:
+    for name, tasks in (("r.json", first), ("base.json", second)):
+        written = {
+            t: {"ndcg@10": float(np.mean(list(q.values()))), "recall@10": 0.0, "queries": q} for t, q in tasks.items()
+        }
+        (tmp_path / name).write_text(json.dumps(written))
+    evaluate.main([f"--compare={tmp_path / 'r.json'},{tmp_path / 'base.json'}"])
+    return capsys.readouterr().out
+
+
+def test_two_outputs_are_compared_query_by_query(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    base = {t: {str(i): x for i, x in enumerate(rng.random(100))} for t in ("a", "b")}
+    higher = {t: {q: x + 0.03 + rng.normal(0, 0.05) for q, x in of.items()} for t, of in base.items()}
+    better, worse = compare(tmp_path, higher, base, capsys), compare(tmp_path, base, higher, capsys)
+    assert "is better than" in better
+    assert "is worse than" in worse
+    assert "p = 0.0001, 200 queries" in better
+    gain = 100 * np.mean([np.mean(list(of.values())) for of in higher.values()]) - 100 * np.mean(
+        [np.mean(list(of.values())) for of in base.values()]
+    )
+    assert f"by {gain:.1f} points of nDCG@10" in better
+    noise = {t: {q: x + rng.normal(0, 0.05) for q, x in of.items()} for t, of in base.items()}
+    assert "no difference is shown" in compare(tmp_path, noise, base, capsys)
+    # the same means, but of other queries: pairing is what makes three points visible
+    shuffled = {t: dict(zip(of, rng.permutation(list(of.values())), strict=True)) for t, of in higher.items()}
+    assert "no difference is shown" in compare(tmp_path, shuffled, base, capsys)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
+    one, other = {"a": {"1": 0.5, "2": 0.6}}, {"b": {"1": 0.5, "2": 0.6}}
+    with pytest.raises(UserError, match="no task in common"):
+        compare(tmp_path, one, other, capsys)
+    with pytest.raises(UserError, match="other queries for a"):
+        compare(tmp_path, one, {"a": {"1": 0.5}}, capsys)
+    with pytest.raises(UserError, match="two outputs"):
+        evaluate.main(["--compare=r.json"])
+    (tmp_path / "old.json").write_text(json.dumps({"a": {"ndcg@10": 0.5}}))
+    with pytest.raises(UserError, match="no figures of single queries"):
+        evaluate.main([f"--compare={tmp_path / 'old.json'},{tmp_path / 'old.json'}"])
+    with pytest.raises(UserError, match="--precisions=int4"):
+        evaluate.main(
+            [
+                "--model=m",
+                f"--task={TASKS / 'libreoffice-help-de'}",
+                "--precisions=int4",
+                f"--output={tmp_path / 'x.json'}",
+            ]
+        )

@@ -17,12 +17,12 @@ OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"
 
 LAYERS = (
     {"config", "verb", "metrics", "cluster", "agreement"},
-    {"data", "data.sources", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
+    {"data", "data.sources", "data.tables", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},
-    {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "hf_layout", "hf_config", "hf_folder",
-     "tokenizer_json", "model_card", "load", "hlo", "hlo_count",
+    {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "significance", "quantize", "hf_layout", "hf_config", "hf_folder",
+     "tokenizer_json", "model_card", "load", "same_run", "held_out", "hlo", "hlo_count",
      "topology", "estimate", "ahead", "bars"},
     {""},  # moe_embed/__init__.py: the public names
     {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "soup", "upcycle", "doctor"},  # the verbs

@@ -114,7 +114,7 @@ def test_whole_files_that_cannot_be_read(tmp_path):
     assert "cannot be read" in fault(write(tmp_path / "flip.jsonl.gz", packed[:-8] + b"\0" + packed[-7:]))
     assert "does not exist" in fault(str(tmp_path / "none.jsonl"))
     assert "is no file" in fault(str(tmp_path))
-    assert "ends in .jsonl, .jsonl.gz or .csv" in fault(write(tmp_path / "a.txt", lines(GOOD)))
+    assert "ends in .jsonl, .csv, .tsv, .parquet, or in those and .gz" in fault(write(tmp_path / "a.txt", lines(GOOD)))
     for name, data in (("e.jsonl", b""), ("b.jsonl", b"\n \n"), ("e.csv", b""), ("h.csv", b"query,document\n")):
         assert "holds no pairs" in fault(write(tmp_path / name, data))
 

@@ -1,11 +1,9 @@
-"""Files to texts: pairs in JSONL(.gz) or CSV, retrieval tasks in BEIR folders. Strict: a bad row is named, never skipped."""
+"""Files to texts: pairs in rows of any kind (tables.py), retrieval tasks in BEIR folders. Strict: a bad row is named, never skipped."""
 
 import contextlib
-import csv
 import dataclasses
 import glob
 import gzip
-import io
 import itertools
 import json
 import os
@@ -18,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from moe_embed.config import UserError
+from moe_embed.data import tables
 
 GRADE = re.compile(r"-?[0-9]{1,9}")
 SIDES = ("query", "document")
@@ -91,10 +90,10 @@ def read_source(path: str, *, query: str = "query", document: str = "document", 
 
     `teacher`: also memory-map another model's vectors, PATH.<teacher>.query.npy and PATH.<teacher>.document.npy.
     """
-    data = _read_bytes(path)
+    data = tables.read_bytes(path)
     pairs = [
         pair
-        for number, (where, row) in enumerate(_rows(path, data))
+        for number, (where, row) in enumerate(tables.rows(path, data))
         for pair in _pairs(row, where, number, query=query, document=document)
     ]
     if not pairs:
@@ -110,9 +109,9 @@ def read_source(path: str, *, query: str = "query", document: str = "document", 
 
 def read_text_source(path: str, *, column: str = "document") -> Texts:
     """Read the "text" of each row of a file, or else `column` (a file of pairs). UserError names file, line and fault."""
-    data = _read_bytes(path)
+    data = tables.read_bytes(path)
     texts, langs = [], []
-    for where, row in _rows(path, data):
+    for where, row in tables.rows(path, data):
         name = "text" if isinstance(row, dict) and "text" in row else column
         if not isinstance(row, dict) or name not in row or not is_text(row[name]):
             raise UserError(f"{where} has no text in a column 'text' or {column!r}.")
@@ -125,13 +124,13 @@ def read_text_source(path: str, *, column: str = "document") -> Texts:
 
 def read_rows(path: str, *, query: str = "query", document: str = "document") -> Iterator[Row]:
     """The rows of a file of pairs in order; `read_source` and its faults, row by row."""
-    data = _read_bytes(path)
-    if path.removesuffix(".gz").endswith(".csv"):
+    data = tables.read_bytes(path)
+    if tables.kind(path) != ".jsonl":
         lines = itertools.repeat("")
     else:
-        lines = iter([line for line in _decode(path, data).split("\n") if line.strip()])
+        lines = iter([line for line in tables.decode(path, data).split("\n") if line.strip()])
     number = -1
-    for number, (where, columns) in enumerate(_rows(path, data)):
+    for number, (where, columns) in enumerate(tables.rows(path, data)):
         line, pairs = next(lines), _pairs(columns, where, number, query=query, document=document)
         if not line:  # a short CSV row lacks values, a long one has some without a name
             columns = {name: value for name, value in columns.items() if name is not None and value is not None}
@@ -206,7 +205,7 @@ def read_task(folder: str, *, split: str = "test") -> Task:
     documents = _read_documents(root / "corpus.jsonl")
     texts = {row["_id"]: row["text"] for _, row in _beir_rows(root / "queries.jsonl")}
     relevance: dict[str, dict[str, int]] = {}
-    header, *lines = _decode(qrels, _read_bytes(str(qrels))).splitlines() or [""]
+    header, *lines = tables.decode(qrels, tables.read_bytes(str(qrels))).splitlines() or [""]
     if GRADE.fullmatch(header.rpartition("\t")[2]):
         raise UserError(f"{qrels}:1 is a judgement; the first line of qrels is 'query-id<TAB>corpus-id<TAB>score'.")
     for number, line in enumerate(lines, start=2):
@@ -236,9 +235,9 @@ def read_corpus(path: str | pathlib.Path) -> dict[str, str]:
 
 def read_texts(path: str, *, stream=None) -> list[str]:
     """The "text" of each line of a JSONL file (or of `stream`); UserError names the line that has none."""
-    data = _read_bytes(path) if stream is None else stream.read()
+    data = tables.read_bytes(path) if stream is None else stream.read()
     texts = []
-    for where, row in _json_rows(path, data, every_line=True):
+    for where, row in tables.json_rows(path, data, every_line=True):
         if not isinstance(row, dict) or not is_text(row.get("text")):
             raise UserError(f'{where} has no text; each line is {{"text": "..."}} with something in it.')
         texts.append(row["text"])
@@ -266,56 +265,12 @@ def _read_vectors(path: str, num_rows: int) -> np.ndarray:
     return vectors
 
 
-def _read_bytes(path: str) -> bytes:
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"{path} does not exist, or is no file.")
-    try:
-        data = pathlib.Path(path).read_bytes()
-        return gzip.decompress(data) if path.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-
-
-def _rows(path: str, data: bytes) -> Iterator[tuple[str, dict]]:
-    name = path.removesuffix(".gz")
-    if name.endswith(".csv"):
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(io.StringIO(_decode(path, data), newline=""), strict=True)
-        try:
-            for row in reader:
-                yield f"{path}:{reader.line_num}", row
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num} is not CSV: {error}.") from error
-    elif name.endswith(".jsonl"):
-        yield from _json_rows(path, data)
-    else:
-        raise UserError(f"{path} is no file of pairs we read; its name ends in .jsonl, .jsonl.gz or .csv.")
-
-
-def _json_rows(path, data: bytes, *, every_line: bool = False) -> Iterator[tuple[str, dict]]:
-    """(file:line, value) of each line; blank lines are passed over, unless a line's place matters (`every_line`)."""
-    lines = _decode(path, data).rstrip().split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() and (not every_line or len(lines) == 1):
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON ({error}); each line is one object.") from error
-
-
-def _decode(path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")  # a spreadsheet's byte-order mark is not part of the first column's name
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line} is not UTF-8; convert the file.") from error
-
-
 def _pairs(row, where: str, number: int, *, query: str, document: str) -> list[Pair]:
     """A row -> a pair for each of its documents. Ours, or BGE's {query, pos, neg[, pos_scores, neg_scores]}."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is not an object with the columns {query!r} and {document!r}.")
+    if query not in row and "anchor" in row and "positive" in row:
+        row = _from_anchor(row, query, document)
     positive, negative = _columns(row, document)
     for column in (query, positive):
         if column not in row:
@@ -337,6 +292,13 @@ def _pairs(row, where: str, number: int, *, query: str, document: str) -> list[P
         )
         for i, text in enumerate(documents)
     ]
+
+
+def _from_anchor(row: dict, query: str, document: str) -> dict:
+    """sentence-transformers' {anchor, positive[, negative, negative_1, ...]} under our names."""
+    negatives = [row[name] for name in row if name and re.fullmatch(r"negative(_\d+)?", name) and row[name]]
+    named = {query: row["anchor"], document: row["positive"]}
+    return named | ({} if "negatives" in row else {"negatives": negatives}) | row
 
 
 def _name(row: dict, key: str, where: str) -> str:
@@ -379,7 +341,7 @@ def _scores(row: dict, where: str, num_documents: int, num_negatives: int) -> tu
 
 def _beir_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
     seen = set()
-    for where, row in _json_rows(path, _read_bytes(str(path))):
+    for where, row in tables.json_rows(path, tables.read_bytes(str(path))):
         if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
             raise UserError(f'{where} needs the strings "_id" and "text".')
         if row["_id"] in seen:

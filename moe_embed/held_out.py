@@ -1,0 +1,134 @@
+"""An honest answer from one file of pairs: some are kept out of training, and searched for before and after it.
+
+What shares a text goes together: a document that a held-out query asks for is never trained on, under no other query either.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_embed import significance
+from moe_embed.config import Config, UserError
+from moe_embed.data.sources import Source, Task
+
+NAME = "held-out"
+FILE = "held_out.json"  # in the workdir: {"before": {query id: nDCG@10}[, "after": {...}, "verdict": "..."]}
+FEW_QUERIES = 100  # fewer say little: of a small file more than the share is kept out, up to MOST_SHARE of the pairs
+MOST_SHARE = 0.2
+MOST_QUERIES = 1_000
+MOST_DOCUMENTS = 20_000  # of the corpus; what no held-out query asks for beyond that is left out
+BATCHES, BATCH, EPOCHS, WARM_UP = 8, 256, 3, 0.1  # what `fit` aims at
+
+
+def split(sources: Sequence[Source], *, share: float) -> tuple[list[Source], Task]:
+    """Keep a share of the pairs out: the sources without them, and the task to find their documents among all documents.
+
+    A group is pairs that share a query (its text or id) or a document. Groups are chosen by a hash of their texts: more rows
+    in the file leave those before where they are, mostly. UserError where there are fewer than two groups.
+    """
+    pairs = [pair for source in sources for pair in source.pairs]
+    group_N = _groups([(("q", pair.id or pair.query), ("d", pair.document)) for pair in pairs])
+    hash_of = {}
+    for pair, group in zip(pairs, group_N, strict=True):
+        of_pair = zlib.crc32(f"{pair.query}\n{pair.document}".encode())
+        hash_of[group] = min(of_pair, hash_of[group]) if group in hash_of else of_pair
+    if len(hash_of) < 2:
+        raise UserError(
+            f"{', '.join(source.path for source in sources)}: {len(pairs)} pairs that all share texts with each other; none can be "
+            "kept out to measure with. Give pairs with other texts, or --config.data.held_out=0."
+        )
+    sizes, queries = dict.fromkeys(hash_of, 0), {group: set() for group in hash_of}
+    for pair, group in zip(pairs, group_N, strict=True):
+        sizes[group] += 1
+        queries[group].add(pair.id or pair.query)
+    order = sorted(hash_of, key=lambda group: (hash_of[group], group))
+    wanted, room = min(share * len(pairs), MOST_QUERIES), max(share, MOST_SHARE) * len(pairs)
+    out, count, asked = set(), 0, 0
+    for group in order:
+        enough = count >= wanted and asked >= min(FEW_QUERIES, MOST_QUERIES)
+        if not enough and count + sizes[group] <= room:  # a group that is half of the data is no sample of it
+            out.add(group)
+            count, asked = count + sizes[group], asked + len(queries[group])
+    out = out or {min(order, key=lambda group: sizes[group])}
+    is_out = iter([group in out for group in group_N])
+    kept = [
+        dataclasses.replace(source, pairs=[pair for pair in source.pairs if not next(is_out)]) for source in sources
+    ]
+    for source in kept:
+        if not source.pairs:
+            raise UserError(
+                f"{source.path}: all of its pairs would be held out; join it with another file, or lower config.data.held_out."
+            )
+    return kept, _task(pairs, [group in out for group in group_N])
+
+
+def _groups(keys: Sequence[tuple]) -> list[int]:
+    """The group of each item, by the first item in it; items with a key in common are in one group (union-find)."""
+    parent, first = list(range(len(keys))), {}
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for i, of_item in enumerate(keys):
+        for key in of_item:
+            a, b = sorted((root(first.setdefault(key, i)), root(i)))
+            parent[b] = a
+    return [root(i) for i in range(len(keys))]
+
+
+def _task(pairs: Sequence, is_out: Sequence[bool]) -> Task:
+    """The held-out queries, each to find its documents among those of all pairs and their negatives."""
+    query_id, document_id, queries, relevance = {}, {}, {}, {}
+    for pair, out in zip(pairs, is_out, strict=True):
+        if out:
+            name = query_id.setdefault(pair.id or pair.query, f"q{len(query_id)}")
+            queries.setdefault(name, pair.query)
+            found = document_id.setdefault(pair.document, f"d{len(document_id)}")
+            relevance.setdefault(name, {})[found] = 1
+    for pair in pairs:
+        for text in (pair.document, *pair.negatives):
+            if len(document_id) < MOST_DOCUMENTS:
+                document_id.setdefault(text, f"d{len(document_id)}")
+    return Task(NAME, {name: text for text, name in document_id.items()}, queries, relevance)
+
+
+def fit(config: Config, *, num_pairs: int) -> Config:
+    """`config` with what 0 leaves to the data: batch_size a power of two, BATCHES of them or more in an epoch; EPOCHS in steps.
+
+    The warm-up is a tenth of the steps where those are left to the data.
+    """
+    data, run, optim = config.data, config.run, config.optim
+    if not data.batch_size:
+        data = dataclasses.replace(
+            data, batch_size=min(BATCH, max(1 << int(math.log2(max(num_pairs / BATCHES, 1))), 2))
+        )
+    if not run.steps:
+        run = dataclasses.replace(run, steps=max(math.ceil(EPOCHS * num_pairs / data.batch_size), 1))
+        optim = dataclasses.replace(optim, warmup_steps=int(WARM_UP * run.steps))
+    return dataclasses.replace(config, data=data, run=run, optim=optim)
+
+
+def remember(workdir: pathlib.Path, per_query: dict[str, float]) -> None:
+    """Write down what the held-out queries scored before training."""
+    (workdir / FILE).write_text(json.dumps({"before": per_query}) + "\n", "utf-8")
+
+
+def conclude(workdir: pathlib.Path, per_query: dict[str, float]) -> str:
+    """One sentence on before and after, with its interval, also written to the workdir. UserError if before is unknown."""
+    try:
+        before = json.loads((workdir / FILE).read_text("utf-8"))["before"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{workdir / FILE} does not say what the held-out queries scored before training: {error!r}."
+        ) from error
+    differences = np.array([per_query[query] - before[query] for query in per_query])
+    said = significance.verdict([differences], names=("the trained model", "what it began with"))
+    (workdir / FILE).write_text(json.dumps({"before": before, "after": per_query, "verdict": said}) + "\n", "utf-8")
+    return said

@@ -1,0 +1,84 @@
+"""What a run may continue with: the config, the beginning and the data it began with, in the workdir it began in."""
+
+import pathlib
+
+from moe_embed import checkpoint
+from moe_embed import config as config_lib
+from moe_embed.config import Config, UserError
+from moe_embed.load import DESCRIPTION, Description, read_description
+
+# What a rerun may say otherwise. The data itself is compared by content: the fingerprint beside each checkpoint.
+MAY_CHANGE = (
+    "data.sources",
+    "data.tokenizer",
+    "mesh.",
+    "run.eval_every",
+    "run.save_every",
+    "run.keep",
+    "run.recompute",
+    "data.dev",
+    "data.rows",
+    "loss.form",
+)
+
+
+def same_beginning(
+    before: Description | None, init_from: str | None, workdir: pathlib.Path, *, begun: bool
+) -> str | None:
+    """What the run in `workdir` starts from. UserError where an earlier call said otherwise: it would be another run."""
+    if before is None or before.config is None or (not begun and init_from):
+        return init_from  # new; or nothing is trained yet
+    if init_from and init_from != before.init_from:
+        began = f"--init_from={before.init_from}" if before.init_from else "fresh parameters"
+        raise UserError(
+            f"{workdir} began with {began}, not --init_from={init_from}; leave it out, or name another --workdir."
+        )
+    if before.init_from and not begun:
+        raise UserError(
+            f"{workdir} was to begin with --init_from={before.init_from}; say so again, or name another --workdir."
+        )
+    return before.init_from
+
+
+def check_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Make or recognise the workdir. UserError if it cannot be written, or holds checkpoints of another config."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "writable").touch()
+        (workdir / "writable").unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
+    if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
+        before = read_description(workdir)
+        if before.config is None:
+            raise UserError(
+                f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}."
+            )
+        refuse_changes(before.config, config, workdir)
+
+
+def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
+    """A run continues only under the config it began with; the mesh, and how often it saves or evaluates, may change.
+
+    So may its length, where the learning rate of a step does not depend on it.
+    """
+    old, new = config_lib.to_dict(before), config_lib.to_dict(now)
+    changed = [f"{s}.{k}" for s in new for k in new[s] if old[s][k] != new[s][k]]
+    may_change = MAY_CHANGE + (("run.steps",) if now.optim.schedule in ("constant", "inverse_sqrt") else ())
+    refused = [name for name in changed if not name.startswith(may_change)]
+    if refused:
+        value = lambda tree, name: tree[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
+        raise UserError(*(
+            f"{workdir} was trained with config.{name}={value(old, name)!r}, not {value(new, name)!r}; "
+            f"give another --workdir, or the old value." for name in refused
+        ))  # fmt: skip
+
+
+def check_fingerprint(saved: dict, now: dict, workdir: pathlib.Path) -> None:
+    """The data a run continues with is the data it began with."""
+    for name in now:
+        before = saved[name] if name in saved else None
+        if before != now[name]:
+            raise UserError(
+                f"the data of {workdir} changed: {name} was {before}, is {now[name]}; use another --workdir."
+            )

@@ -1,0 +1,46 @@
+"""What a run may not say otherwise (the whole loop: test_train.py)."""
+
+import dataclasses
+
+import pytest
+
+from moe_embed import same_run
+from moe_embed.config import UserError
+from moe_embed.load import Description
+from tests import tiny
+
+
+def test_a_change_is_refused_by_name_and_what_may_change_is_not(tmp_path):
+    before = tiny.config()
+    same_run.refuse_changes(before, tiny.config(mesh={"data": 2}, run={"keep": 5}, loss={"form": "ring"}), tmp_path)
+    with pytest.raises(UserError) as refused:
+        same_run.refuse_changes(before, tiny.config(optim={"beta1": 0.5}, loss={"temperature": 1.0}), tmp_path)
+    assert ["beta1" in refused.value.args[1], "temperature=" in refused.value.args[0]] == [True, True]
+
+
+def test_data_is_compared_by_content(tmp_path):
+    same_run.check_fingerprint({"digest": 1, "old": 2}, {"digest": 1}, tmp_path)
+    with pytest.raises(UserError, match="digest was 1, is 2"):
+        same_run.check_fingerprint({"digest": 1}, {"digest": 2}, tmp_path)
+    with pytest.raises(UserError, match="seed was None, is 2"):
+        same_run.check_fingerprint({}, {"seed": 2}, tmp_path)
+
+
+def test_a_beginning_is_kept(tmp_path):
+    c = tiny.config()
+    fields = {field.name: None for field in dataclasses.fields(Description)}
+    before = Description(**fields | {"config": c, "init_from": "base"})
+    beginning = lambda init_from, begun: same_run.same_beginning(before, init_from, tmp_path, begun=begun)  # noqa: E731
+    assert beginning(None, True) == beginning("base", True) == beginning("base", False) == "base"
+    for init_from, begun, words in (("other", True, "began with --init_from=base"), (None, False, "was to begin with")):
+        with pytest.raises(UserError, match=words):
+            beginning(init_from, begun)
+    assert same_run.same_beginning(None, "new", tmp_path, begun=False) == "new"
+
+
+def test_a_workdir_is_made_and_a_file_is_none(tmp_path):
+    same_run.check_workdir(tiny.config(), tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        same_run.check_workdir(tiny.config(), tmp_path / "file")

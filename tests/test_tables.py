@@ -1,0 +1,84 @@
+"""The same rows from every kind of file, and faults with their place."""
+
+import csv
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from moe_embed.config import UserError
+from moe_embed.data import sources, tables
+
+ROWS = [{"query": "was, ist", "document": 'ein "Haus"'}, {"query": "表\tを", "document": "zwei\nZeilen"}]
+
+
+def write(path, rows=ROWS) -> str:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter={".csv": ",", ".tsv": "\t"}[path.suffix])
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+def read(path: str) -> list:
+    return list(tables.rows(path, tables.read_bytes(path)))
+
+
+@pytest.mark.parametrize("suffix", tables.SUFFIXES)
+def test_every_kind_gives_the_same_rows(suffix, tmp_path):
+    path = write(tmp_path / f"p{suffix}")
+    assert [row for _, row in read(path)] == ROWS
+    assert [(pair.query, pair.document) for pair in sources.read_source(path).pairs] == [
+        tuple(row.values()) for row in ROWS
+    ]
+    assert [row.pairs[0].row for row in sources.read_rows(path)] == [0, 1]
+    if suffix != ".parquet":
+        with open(path, "rb") as plain, gzip.open(path + ".gz", "wb") as packed:
+            packed.write(plain.read())
+        assert [row for _, row in read(path + ".gz")] == ROWS
+
+
+def test_a_place_is_named(tmp_path):
+    bad = [*ROWS, {"query": "x", "document": ""}]
+    for suffix, place in ((".jsonl", ":3"), (".csv", ":5"), (".tsv", ":5"), (".parquet", ", row 3")):
+        path = write(tmp_path / f"p{suffix}", bad)
+        with pytest.raises(UserError, match=f"{place} has 'document': ''"):
+            sources.read_source(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("p.txt", b"a", "no file of rows we read; its name ends in .jsonl, .csv, .tsv, .parquet"),
+        ("p.parquet", b"PAR1 no PAR1", "cannot be read as Parquet"),
+        ("p.tsv", b'query\tdocument\n"a\tb', "p.tsv:1 is not TSV"),
+        ("p.csv", b"query,document\n\xff,b\n", "p.csv:2 is not UTF-8"),
+        ("p.csv", b"", "holds no pairs"),
+        ("p.jsonl", b"{", "p.jsonl:1 is not JSON"),
+        ("p.jsonl.gz", b"{", "p.jsonl.gz cannot be read"),
+    ],
+)
+def test_faults(name, data, words, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        sources.read_source(str(tmp_path / name))
+
+
+def test_sentence_transformers_columns(tmp_path):
+    rows = [
+        {"anchor": "a", "positive": "b", "negative_1": "c", "negative_2": "d"},
+        {"anchor": "e", "positive": "f", "negative_1": "g", "negative_2": None},
+    ]
+    found = sources.read_source(write(tmp_path / "p.parquet", rows)).pairs
+    assert [(p.query, p.document, p.negatives) for p in found] == [("a", "b", ("c", "d")), ("e", "f", ("g",))]
+    both = [{"query": "q", "document": "d", "anchor": "a", "positive": "b"}]  # our names come first
+    assert sources.read_source(write(tmp_path / "q.jsonl", both)).pairs[0].query == "q"
+    with pytest.raises(UserError, match="no column 'query'"):
+        sources.read_source(write(tmp_path / "r.jsonl", [{"anchor": "a", "negative": "b"}]))
