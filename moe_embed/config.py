@@ -64,7 +64,7 @@ class Data:
 
     sources: tuple[str, ...]  # files of pairs; a global batch comes from one of them
     tokenizer: str  # a SentencePiece model
-    batch_size: int  # pairs in a global batch; for the objective mlm: packed rows
+    batch_size: int  # pairs in a global batch, 0: by how many there are; for the objective mlm: packed rows
     weights: tuple[float, ...] = ()  # how often each source is drawn; () is in proportion to its size ** smoothing
     by_language: bool = False  # also one language per global batch; its size is that over all sources
     smoothing: float = 1.0  # 0.3 for Nomic's MLM: small languages are drawn more often than their share
@@ -133,7 +133,7 @@ class Mesh:
 class Run:
     """How long, from which seed, and how often something is written down."""
 
-    steps: int
+    steps: int  # 0: by how many pairs there are
     seed: int = 0
     eval_every: int = 0  # steps between evaluations on data.dev; 0 is never
     save_every: int = 1000
@@ -369,8 +369,8 @@ def _contradictions(c: Config) -> list[str]:
     positive = {
         "encoder": ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "num_token_types"),
         "moe": ("every",),
-        "data": ("batch_size", "rows", "row_length", "texts_per_row"),
-        "run": ("steps", "save_every", "keep"),
+        "data": ("rows", "row_length", "texts_per_row"),
+        "run": ("save_every", "keep"),
         "optim": ("clip_norm", "epsilon"),
     }
     positive["encoder"] += ("rotary_base", "norm_epsilon")
@@ -381,14 +381,13 @@ def _contradictions(c: Config) -> list[str]:
     for section, keys in positive.items():
         for key in keys:
             value = getattr(getattr(c, section), key)
-            open_ = c.data.held_out > 0 and key in ("batch_size", "steps") and value == 0  # left to held_out.fit
-            rules.append((value > 0 or open_, f"config.{section}.{key}={value} must be positive."))
+            rules.append((value > 0, f"config.{section}.{key}={value} must be positive."))
     not_negative = {
         "optim": ("learning_rate", "warmup_steps", "weight_decay"),
-        "data": ("num_negatives", "smoothing"),
+        "data": ("num_negatives", "smoothing", "batch_size"),  # 0: held_out.fit
         "moe": ("num_experts",),
         "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
-        "run": ("seed", "eval_every"),
+        "run": ("seed", "eval_every", "steps"),
         "encoder": ("position_offset", "num_positions"),
     }
     for section, keys in not_negative.items():

@@ -35,6 +35,11 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
 
     `num_ids`: how many rows of the vocabulary are real, for the objective mlm (None: all).
     """
+    if not (config.data.batch_size and config.run.steps):
+        raise config_lib.UserError(
+            f"config.data.batch_size={config.data.batch_size} and config.run.steps={config.run.steps}: train sets what is 0 "
+            "by the number of pairs; here nothing is read, give both."
+        )
     config = objectives.with_form(config, num_devices=mesh.size)
     with_head = config.loss.objective == "mlm"
     objective = functools.partial(objectives.mlm, num_ids=num_ids) if with_head else objectives.contrastive

@@ -268,7 +268,7 @@ def open_data(config: Config, *, num_shards: int, tokenizer=None):
     held = None
     if c.held_out:
         sources, held = held_out.split(sources, share=c.held_out)
-        config = held_out.fit(config, num_pairs=sum(map(len, sources)))
+    config = held_out.fit(config, num_pairs=sum(map(len, sources)))
     return config, kind(sources, tokenizer, config, num_shards=num_shards), tokenizer, tasks, held
 
 

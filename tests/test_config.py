@@ -165,8 +165,8 @@ CONTRADICTIONS = [
     ({"loss__temperature": 0.0}, "config.loss.temperature=0.0"),
     ({"mesh__data": -1, "mesh__expert": -1}, "config.mesh"),
     ({"mesh__data": 0}, "config.mesh"),
-    ({"data__batch_size": 0}, "config.data.batch_size=0 must be positive."),
-    ({"run__steps": -1}, "config.run.steps=-1 must be positive."),
+    ({"data__batch_size": -1}, "config.data.batch_size=-1 must not be negative."),
+    ({"run__steps": -1}, "config.run.steps=-1 must not be negative."),
     ({"optim__learning_rate": -1.0}, "config.optim.learning_rate"),
     ({"optim__warmup_steps": -1}, "config.optim.warmup_steps"),
     ({"data__num_negatives": -1}, "config.data.num_negatives"),
@@ -250,7 +250,7 @@ def test_overrides_of_lists_of_integers():
 
 
 def test_contradictions_come_together():
-    assert len(faults(tree(moe__top_k=9, loss__temperature=-1.0, run__steps=0))) == 3
+    assert len(faults(tree(moe__top_k=9, loss__temperature=-1.0, run__steps=-1))) == 3
     assert config_lib.from_dict(tree(moe__num_experts=0, encoder__num_layers=3))  # dense: any depth
 
 

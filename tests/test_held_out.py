@@ -1,13 +1,17 @@
 """Which pairs are kept out, what is searched for, what follows from the number of pairs, and the sentence at the end."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 
-from moe_embed import held_out
+from moe_embed import config as config_lib
+from moe_embed import held_out, train
 from moe_embed.config import UserError
+from moe_embed.data import sources
 from moe_embed.data.sources import Pair, Source
+from moe_embed.load import read_description
 from tests import tiny
 
 
@@ -64,7 +68,7 @@ def test_a_group_that_is_most_of_the_data_is_no_sample():
 
 
 @pytest.mark.parametrize(
-    ("sources", "words"),
+    ("given", "words"),
     [
         ([source(single(1))], "1 pairs that all share"),
         ([source([Pair("a", "b")] * 50)], "50 pairs that all share"),
@@ -72,9 +76,9 @@ def test_a_group_that_is_most_of_the_data_is_no_sample():
         ([source(single(1)), source(single(1, first=5), "two.csv")], "all of its pairs"),
     ],
 )
-def test_what_cannot_be_split_is_said(sources, words):
+def test_what_cannot_be_split_is_said(given, words):
     with pytest.raises(UserError, match=words):
-        held_out.split(sources, share=0.5)
+        held_out.split(given, share=0.5)
 
 
 def test_a_large_corpus_is_cut(monkeypatch):
@@ -109,3 +113,30 @@ def test_before_and_after_become_a_sentence(tmp_path):
     (tmp_path / held_out.FILE).unlink()
     with pytest.raises(UserError, match="before training"):
         held_out.conclude(tmp_path, before)
+
+
+def test_the_whole_way_from_a_file_of_pairs(tmp_path, capsys):
+    """configs/finetune_pairs.py on the shipped German pairs, from a model folder of the tiny demo."""
+    base = tmp_path / "base"
+    train.train(
+        config_lib.load("configs/demo.py:tiny", ["--config.run.steps=1", "--config.data.batch_size=8"]), workdir=base
+    )
+    shipped = sources.read_source("moe_embed/sample/pairs/monolingual.jsonl.gz").pairs
+    with open(tmp_path / "pairs.tsv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, delimiter="\t")
+        rows.writerow(["title", "body"])
+        rows.writerows([pair.query, pair.document] for pair in shipped if pair.lang == "de")
+    arguments = ["--config=configs/finetune_pairs.py", f"--config.data.sources={tmp_path / 'pairs.tsv'}", "--config.run.steps=2",
+                 "--config.data.query=title", "--config.data.document=body", f"--init_from={base}", "--config.data.rows=2"]  # fmt: skip
+    train.main([*arguments, f"--workdir={tmp_path / 'w'}"])
+    said = capsys.readouterr().out
+    written = json.loads((tmp_path / "w" / held_out.FILE).read_text())
+    assert written["before"].keys() == written["after"].keys()
+    assert f"held out    {len(written['before'])} queries" in said
+    assert written["verdict"] in said
+    assert "held out: nDCG@10" in said
+    assert written["before"] != written["after"]
+    config = read_description(tmp_path / "w").config
+    assert config.data.batch_size >= 8
+    train.main([*arguments, f"--workdir={tmp_path / 'w'}"])  # again: nothing to do, nothing lost
+    assert json.loads((tmp_path / "w" / held_out.FILE).read_text()) == written

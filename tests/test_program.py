@@ -360,6 +360,7 @@ def test_only_the_objective_that_needs_a_head_has_one():
     ("changes", "mesh", "words"),
     [
         ({"data": {"batch_size": 12}}, (8, 1), ("batch_size=12", "8 devices", "8, 16")),
+        ({"data": {"batch_size": 0}}, (1, 1), ("batch_size=0", "number of pairs", "give both")),
         ({"moe": {"num_experts": 6}}, (1, 4), ("E=6", "not divisible by 4", "expert")),
     ],
 )

@@ -274,7 +274,10 @@ def _pairs(row, where: str, number: int, *, query: str, document: str) -> list[P
     positive, negative = _columns(row, document)
     for column in (query, positive):
         if column not in row:
-            raise UserError(f"{where} has no column {column!r}; it has {', '.join(map(repr, row))}.")
+            side = "query" if column == query else "document"
+            raise UserError(
+                f"{where} has no column {column!r}; it has {', '.join(map(repr, row))}; name it by --config.data.{side}=COLUMN."
+            )
     documents = row[positive] if positive in ("documents", "pos") else [row[positive]]
     if not isinstance(documents, list) or not documents:
         raise UserError(f"{where} has {positive!r}: {documents!r:.60}; it must be a list of texts.")
