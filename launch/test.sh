@@ -5,8 +5,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # torch beside jax, where a CPU build of it exists under the pinned number, and libtpu, which compiles for TPUs without one;
 # elsewhere the run says which tests that costs.
-extras=(test)
+extras=(test serve)
 if "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then extras+=(torch); fi
+# Large, and for those who ask: other people's software that opens our exports, or runs our models.
+for extra in mteb deploy; do
+    if [[ "$*" == *"$extra"* ]]; then extras+=("$extra"); fi
+done
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras+=(tpu); fi
 ready_venv "${extras[@]}"
 

@@ -21,6 +21,7 @@ The letters mean the same in the whole package, and they are what sharding.py ma
 
 from moe_embed.config import Config, Encoder
 from moe_embed.load import load  # the function: `moe_embed.load(DIR).encode(texts)`; the module is sys.modules' alone
+from moe_embed.mteb_model import mteb_model  # likewise; mteb is imported when it is called
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Encoder", "load"]
+__all__ = ["Config", "Encoder", "load", "mteb_model"]

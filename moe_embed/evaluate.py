@@ -124,7 +124,7 @@ def evaluate(
                 name: of(small(query_ND, name), small(document_CD, name)) for name in precisions
             }
         if runs:
-            (runs / f"{task.name}.trec").write_text("".join(trec_lines(run)), "utf-8")
+            (runs / f"{task.name.replace('/', '-')}.trec").write_text("".join(trec_lines(run)), "utf-8")
     return results
 
 
@@ -214,12 +214,14 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     def row(label: str, members: list[str]) -> str:
         cells = ""
         for system in systems:
-            ndcg, recall = (100 * np.mean([results[system][n][m] for n in members]) for m in ("ndcg@10", "recall@10"))
+            ndcg, recall = (100 * mean_of(results[system], members, metric) for metric in ("ndcg@10", "recall@10"))
             cells += f"  {ndcg:7.1f} {recall:9.1f}"
         return label.ljust(width) + cells
 
     lines += [row(name, [name]) for name in names]
     lines.append("-" * len(lines[1]))
+    whole = sorted({name.partition("/")[0] for name in names if "/" in name})
+    lines += [row(f"mean of {label}", [name for name in names if name.startswith(f"{label}/")]) for label in whole]
     groups = {
         "mean monolingual": [name for name in names if not name.startswith("xling-")],
         "mean cross-lingual": [name for name in names if name.startswith("xling-")],
@@ -232,6 +234,14 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             for key in own[names[0]][kind]:
                 lines.append(f"  {key:>6}  {100 * np.mean([own[name][kind][key]['ndcg@10'] for name in names]):5.1f}")
     return "\n".join(lines)
+
+
+def mean_of(figures: dict[str, dict], names: Sequence[str], metric: str) -> float:
+    """The mean over tasks, in which the parts of one ("cqadupstack/android", ...) together count once, as BEIR has it."""
+    parts: dict[str, list[float]] = {}
+    for name in names:
+        parts.setdefault(name.partition("/")[0], []).append(figures[name][metric])
+    return float(np.mean([np.mean(values) for values in parts.values()]))
 
 
 def _dims(text: str) -> list[int]:

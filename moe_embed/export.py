@@ -1,12 +1,13 @@
 """export: a model becomes a folder that PyTorch users load, and proves that it still gives the same vectors.
 
     python -m moe_embed.export --model=runs/demo --output=runs/demo/export
+    python -m moe_embed.export --model=runs/demo --output=runs/demo/export --onnx      # pip install -e ".[deploy]"
 
 Which layout (moe_embed/hf_layout.py) follows from the model and is printed. Rotary positions: the released NomicBert-MoE's,
 with a torch model file of our own, `SentenceTransformer(folder, trust_remote_code=True)`. Learned positions without experts:
 BertModel or XLMRobertaModel of transformers, no remote code. Learned positions with experts: our own file only.
 The folder is written beside its place and renamed into it, after it has been read back and compared: parity.json holds
-the measured differences.
+the measured differences. --onnx adds onnx/model.onnx (moe_embed/torch_files/to_onnx.py), compared in ONNX Runtime.
 """
 
 import argparse
@@ -35,7 +36,7 @@ MODEL_FILE = "modeling_moe_embed.py"
 FILES = {  # what an export may consist of
     "config.json", "model.safetensors", "modules.json", "1_Pooling", "sentence_bert_config.json", MODEL_FILE,
     "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "sentencepiece.bpe.model", "parity.json", "README.md",
+    "sentencepiece.bpe.model", "parity.json", "README.md", "onnx",
 }  # fmt: skip
 FORMS = {
     "nomic_bert": "NomicBert-MoE layout, rotary positions, with its own torch file (trust_remote_code=True)",
@@ -58,11 +59,11 @@ TEXTS = (  # short texts in many scripts, with what normalisation has to deal wi
 )  # fmt: skip
 
 
-def export(model: Model, output: str | pathlib.Path, *, force: bool = False) -> dict:
+def export(model: Model, output: str | pathlib.Path, *, force: bool = False, onnx: bool = False) -> dict:
     """Write `model` to the folder `output`; returns the parity report, which is also in its parity.json.
 
     An earlier export at `output` is replaced. Anything else there is refused, or with `force` moved to `output`.bak.
-    A head of masked language modelling stays behind, and that is printed.
+    A head of masked language modelling stays behind, and that is printed. With `onnx` the folder also has onnx/model.onnx.
     UserError, and no folder, if the model cannot be written in this layout or the folder gives other vectors.
     """
     output = pathlib.Path(output).resolve()
@@ -74,6 +75,8 @@ def export(model: Model, output: str | pathlib.Path, *, force: bool = False) -> 
         raise UserError(
             f"{output} is not empty and is no earlier export{others}; name another folder, or move it by --force."
         )
+    if onnx:
+        _check_onnx(hf_layout.model_type(model.encoder, model.moe))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,7 +88,7 @@ def export(model: Model, output: str | pathlib.Path, *, force: bool = False) -> 
         folder = pathlib.Path(scratch) / output.name
         folder.mkdir()
         _write(model, folder)
-        report = _parity(model, folder)
+        report = _parity(model, folder, onnx=onnx)
         _write_json(folder / "parity.json", report)
         card = model_card.model_card(model.encoder, model.moe, model.prompts, name=output.name, report=report)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -139,7 +142,7 @@ def _write(model: Model, folder: pathlib.Path) -> None:
     })  # fmt: skip
 
 
-def _parity(model: Model, folder: pathlib.Path) -> dict:
+def _parity(model: Model, folder: pathlib.Path, *, onnx: bool) -> dict:
     """Encode TEXTS and four long texts with the model in memory, the folder read back, and torch; compare.
 
     On the CPU and in float32 whatever the model runs on: accelerators round products, torch is compared here too.
@@ -168,11 +171,15 @@ def _parity(model: Model, folder: pathlib.Path) -> dict:
         passes.append({"task": task, "batch": batch, "texts": texts} | ids_and_vectors)
     report = {"tolerance": TOLERANCE, "texts": len(texts), "moe_embed": difference, "torch": "not run"}
     if _torch_is_here():
-        report |= _torch_parity(folder, passes)
+        report |= _in_torch("check_export.py", folder, passes)
         left_out = report["other_tokens"] + report["near_ties"]
         if left_out > len(texts) / 2:  # a quarter of both passes
             raise UserError(f"torch could be compared on few texts: {json.dumps(report)}; the export was not kept.")
-    for name in ("moe_embed", "torch"):
+    if onnx:
+        report |= _in_torch("to_onnx.py", folder, passes)
+        if report["onnx_near_ties"] > len(texts) / 2:
+            raise UserError(f"ONNX could be compared on few texts: {json.dumps(report)}; the export was not kept.")
+    for name in ("moe_embed", "torch", "onnx") if onnx else ("moe_embed", "torch"):
         if report[name] != "not run" and not report[name] <= TOLERANCE:  # also catches NaN
             raise UserError(f"{name} reads other vectors from the export: they differ by {report[name]:.2e}, more than "
                             f"{TOLERANCE:.0e}; it was not kept.")  # fmt: skip
@@ -183,18 +190,30 @@ def _torch_is_here() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "sentence_transformers"))
 
 
-def _torch_parity(folder: pathlib.Path, passes: list[dict]) -> dict:
-    """The report of torch_files/check_export.py, run on `folder` in a process of its own, offline."""
+def _check_onnx(kind: str) -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing or not _torch_is_here():
+        missing = ", ".join(missing) or "torch, transformers or sentence-transformers"
+        raise UserError(f'--onnx needs {missing}: pip install -e ".[deploy]"')
+    if kind in ("bert", "xlm-roberta"):
+        raise UserError(
+            f"--onnx writes models with their own torch file; this one is {FORMS[kind]}, which optimum writes."
+        )
+
+
+def _in_torch(script: str, folder: pathlib.Path, passes: list[dict]) -> dict:
+    """The report of a script of torch_files/, run on `folder` in a process of its own, offline."""
     with tempfile.TemporaryDirectory() as scratch:
         expected = pathlib.Path(scratch) / "expected.json"
         expected.write_text(json.dumps(passes), encoding="utf-8")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": scratch,
                    "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-        command = [sys.executable, str(TORCH_FILES / "check_export.py"), str(folder), str(expected)]
+        command = [sys.executable, str(TORCH_FILES / script), str(folder), str(expected)]
         done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise UserError(f"torch cannot load the export ({said[-1].strip()}); it was not kept.")
+        what = "cannot load the export" if script == "check_export.py" else "cannot write it as ONNX"
+        raise UserError(f"torch {what} ({said[-1].strip()}); it was not kept.")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -223,11 +242,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export, upcycle, soup")
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--force", action="store_true", help="move what is at --output aside, to OUTPUT.bak")
+    parser.add_argument("--onnx", action="store_true", help="also write onnx/model.onnx, every expert on every token")
     args = parser.parse_args(argv)
     model = load(args.model)
-    report = export(model, args.output, force=args.force)
+    report = export(model, args.output, force=args.force, onnx=args.onnx)
     print(f"wrote {args.output}: {FORMS[hf_layout.model_type(model.encoder, model.moe)]}")
     print(f"largest difference: moe_embed {report['moe_embed']}, torch {report['torch']} (tolerance {TOLERANCE})")
+    if args.onnx:
+        print(
+            f"onnx/model.onnx: {report['onnx']}, at {report['onnx_flops']} times the routed form's products with weights"
+        )
 
 
 if __name__ == "__main__":

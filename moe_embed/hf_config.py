@@ -76,7 +76,7 @@ def _nomic_config(encoder: Encoder, moe: Moe, kind: str, pad_id: int) -> dict:
     """
     learned = kind == "moe_embed"
     positions = encoder.num_positions if learned else max(2048, encoder.max_seq_length)
-    classes = ("MoeEmbedConfig", "MoeEmbedModel") if learned else ("NomicBertMoeConfig", "NomicBertModel")
+    classes = ("MoeEmbedConfig", "MoeEmbedModel") if learned else ("NomicBertConfig", "NomicBertModel")
     ours = {
         "architectures": [classes[1]],
         "model_type": kind,

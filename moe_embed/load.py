@@ -29,6 +29,7 @@ DESCRIPTION = (
 TEXTS_PER_ROW = 16
 ROW_TOKENS = 4096  # tokens a device encodes at once
 MIN_ROW = 32
+SPARE = 128  # tokens of padding in rows that only fill up a power of two; on two cores as long as another call takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +123,15 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
         count = max(1, np.searchsorted(fill, max_rows * row_length, side="right"))
         some = order[:count]
         packed = batches.pack(length[some], row_length=row_length, texts_per_row=TEXTS_PER_ROW)
-        fits = packed.row_N < max_rows  # what opened another row waits for the next call
+        num_rows = power_of_two(packed.num_rows)
+        if (num_rows - packed.num_rows) * row_length > SPARE:
+            num_rows //= 2  # the shortest wait for a call with fewer tokens left over
+        num_rows = min(-(-num_rows // num_devices) * num_devices, max_rows)
+        fits = packed.row_N < num_rows  # what opened another row waits for the next call
         members, order = some[fits], np.concatenate([some[~fits], order[count:]])
         packed = batches.Packed(
-            packed.row_N[fits], packed.segment_N[fits], packed.start_N[fits], min(packed.num_rows, max_rows)
+            packed.row_N[fits], packed.segment_N[fits], packed.start_N[fits], min(packed.num_rows, num_rows)
         )
-        num_rows = min(-(-power_of_two(packed.num_rows) // num_devices) * num_devices, max_rows)
         rows = batches.fill_rows([ids[i] for i in members], packed, num_rows=num_rows, row_length=row_length)
         yield members, {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}, packed
 

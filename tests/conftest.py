@@ -18,6 +18,7 @@ jax.config.update("jax_compilation_cache_dir", cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "sentence_transformers"))
+HAS_SERVER = all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn"))
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 collect_ignore = [name for name, there in (("parity", HAS_TORCH), ("aot", HAS_LIBTPU)) if not there]
 
@@ -42,6 +43,19 @@ def pytest_collection_modifyitems(config, items):
             f"-m gpu needs a GPU, and JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} gives jax none; on a machine with one run "
             "bash launch/gpu_check.sh, which sets JAX_PLATFORMS=cuda,cpu.",
         ),
+        "serve": (
+            lambda: HAS_SERVER,
+            '-m serve starts servers, and starlette or uvicorn is absent: pip install -e ".[serve]".',
+        ),
+        "deploy": (
+            lambda: HAS_TORCH and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+            '-m deploy opens exports in sentence-transformers, transformers and ONNX Runtime: pip install -e ".[deploy]" '
+            "(on Python 3.11 without a GPU, torch==2.13.0 first).",
+        ),
+        "mteb": (
+            lambda: importlib.util.find_spec("mteb") is not None,
+            '-m mteb needs mteb: pip install -e ".[mteb]" (on Python 3.11 without a GPU, torch==2.13.0 first).',
+        ),
     }
     for marker, (is_there, sentence) in needs.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
@@ -61,13 +75,15 @@ def _has_gpu() -> bool:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Without the [torch] or the [tpu] extra the last lines of a run say what that costs."""
+    """Without the [torch], the [tpu] or the [serve] extra the last lines of a run say what that costs."""
     if not HAS_LIBTPU:
         terminalreporter.write_line("NOT RUN: tests/aot, because libtpu is absent (the tpu extra)")
     if not HAS_TORCH:
         terminalreporter.write_line(
             "NOT RUN: tests/parity, because torch, transformers or sentence-transformers is absent"
         )
+    if not HAS_SERVER:
+        terminalreporter.write_line("NOT RUN: -m serve, because starlette or uvicorn is absent (the serve extra)")
 
 
 @pytest.fixture

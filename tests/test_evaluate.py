@@ -234,3 +234,21 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
                 f"--output={tmp_path / 'x.json'}",
             ]
         )
+
+
+def test_the_forums_of_cqadupstack_count_as_one_task(tmp_path):
+    for name in ("cqadupstack/android", "cqadupstack/english", "scifact"):
+        (tmp_path / name / "qrels").mkdir(parents=True)
+        (tmp_path / name / "corpus.jsonl").write_text('{"_id": "d", "text": "x"}\n')
+        (tmp_path / name / "queries.jsonl").write_text('{"_id": "q", "text": "x"}\n')
+        (tmp_path / name / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    folders = [tmp_path / "cqadupstack" / "android", tmp_path / "cqadupstack" / "english", tmp_path / "scifact"]
+    tasks = [evaluate.read_task(str(folder)) for folder in folders]
+    assert [task.name for task in tasks] == ["cqadupstack/android", "cqadupstack/english", "scifact"]
+    values = {task.name: figures(ndcg, 0.0) for task, ndcg in zip(tasks, (0.1, 0.3, 0.8), strict=True)}
+    assert evaluate.mean_of(values, list(values), "ndcg@10") == pytest.approx(0.5)  # not 0.4
+    text = evaluate.table({"moe_embed": values})
+    cells = {line[:20].strip(): line[20:].split()[0] for line in text.splitlines() if line[20:].split()}
+    assert (cells["mean of cqadupstack"], cells["mean monolingual"]) == ("20.0", "50.0")
+    evaluate.evaluate(stand_in(), tasks[:1], runs=tmp_path)
+    assert (tmp_path / "cqadupstack-android.trec").is_file()

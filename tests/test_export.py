@@ -137,7 +137,7 @@ def test_every_form_exports_and_reads_back_bit_for_bit(form, kind, monkeypatch, 
     assert jax.tree.structure(again.params) == jax.tree.structure(ours)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.params, ours))
     assert again.tokenizer.model_bytes == model.tokenizer.model_bytes
-    monkeypatch.setattr(export, "_parity", lambda *_: report)  # measured above
+    monkeypatch.setattr(export, "_parity", lambda *_, **__: report)  # measured above
     export.export(again, tmp_path / "again")  # and the second export is the first, byte for byte
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     for name in files - {"modeling_moe_embed.py", "parity.json", "README.md", "1_Pooling"}:
@@ -189,6 +189,19 @@ def test_a_foreign_folder_is_refused_or_moved_aside(model, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "out.bak")
     with pytest.raises(config.UserError, match="is not empty"):
         export.export(model, tmp_path / "link")
+
+
+def test_onnx_is_refused_without_its_packages_and_where_others_write_it(model, tmp_path, monkeypatch):
+    with pytest.raises(config.UserError, match=r"--onnx needs .*\[deploy\]"):
+        export.export(model, tmp_path / "out", onnx=True)
+    monkeypatch.setattr(export, "_torch_is_here", lambda: True)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: name)
+    plain = small_model(moe=config.Moe(num_experts=0), position="learned", num_positions=66, position_offset=0)
+    with pytest.raises(config.UserError, match=r"--onnx writes models with their own torch file.*optimum"):
+        export.export(plain, tmp_path / "out", onnx=True)
+    assert not list(tmp_path.iterdir())
+    export._check_onnx("nomic_bert")
+    export._check_onnx("moe_embed")
 
 
 def test_numbers_that_are_not_finite_and_a_foreign_tokenizer_are_refused(model, tmp_path):

@@ -11,7 +11,7 @@ from moe_embed import load as load_function
 from moe_embed import sharding
 from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import Model, load, save
+from moe_embed.load import SPARE, Model, _rows, load, save
 from moe_embed.model import encoder
 
 TEXTS = [
@@ -58,6 +58,26 @@ def test_prompt_dim_and_length(model):
     long = ["word " * 400]
     np.testing.assert_allclose(model.encode(long, max_length=10_000), model.encode(long), atol=1e-6)
     assert len(model._tokenise(long, None, 10_000)[0]) == model.encoder.max_seq_length
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_every_text_is_in_one_call_and_little_is_left_over(num_devices):
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 7, 32, 300):
+        ids = [np.full(n, i + 4, np.int32) for i, n in enumerate(rng.integers(3, 100, count))]
+        seen = []
+        for members, rows, packed in _rows(ids, num_devices=num_devices):
+            tokens_BL = rows["tokens_MBL"][0]
+            num_rows, length = tokens_BL.shape
+            assert (num_rows // num_devices) & (num_rows // num_devices - 1) == 0
+            assert num_rows % num_devices == 0
+            assert (num_rows - packed.num_rows) * length <= SPARE or num_rows == num_devices
+            for i, row, start in zip(members, packed.row_N, packed.start_N, strict=True):
+                np.testing.assert_array_equal(tokens_BL[row, start : start + len(ids[i])], ids[i])
+            seen += list(members)
+        assert sorted(seen) == list(range(count))
+    alone = next(_rows([np.arange(3, 40)], num_devices=1))[1]["tokens_MBL"]
+    assert alone.shape == (1, 1, 64)  # nothing else to put into a longer row
 
 
 def test_a_model_folder_is_replaced_and_nothing_else(model, tmp_path):

@@ -13,8 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 
-class NomicBertMoeConfig(PretrainedConfig):
-    """config.json of an exported folder; every key becomes an attribute, under the released model's names."""
+class NomicBertConfig(PretrainedConfig):
+    """config.json of an exported folder; every key becomes an attribute, under the released model's names.
+
+    The class has the released class's name too: vLLM asserts it.
+    """
 
     model_type = "nomic_bert"
     attribute_map = {  # noqa: RUF012, the name and form transformers asks for
@@ -25,7 +28,7 @@ class NomicBertMoeConfig(PretrainedConfig):
     }
 
 
-class MoeEmbedConfig(NomicBertMoeConfig):
+class MoeEmbedConfig(NomicBertConfig):
     """The same with learned positions, under a name that no server knows: none can take it for the released layout."""
 
     model_type = "moe_embed"
@@ -97,6 +100,8 @@ class Router(nn.Module):
     def forward(self, x):
         """x [T, D] -> weights [T, A] float32 and experts [T, A], best first."""
         logits = functional.linear(x.float(), self.layer.weight.float())
+        if torch.onnx.is_in_onnx_export():  # it knows no stable sort; its own TopK gives ties to the lowest index
+            return logits.softmax(dim=-1).topk(self.top_k, dim=-1)
         weights, experts = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # topk breaks ties anyhow
         return weights[:, : self.top_k], experts[:, : self.top_k]
 
@@ -190,7 +195,7 @@ class Encoder(nn.Module):
 
 
 class NomicBertModel(PreTrainedModel):
-    config_class = NomicBertMoeConfig
+    config_class = NomicBertConfig
     base_model_prefix = ""
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True

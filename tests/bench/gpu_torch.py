@@ -40,7 +40,7 @@ def seconds(f, *, device: str, calls: int, repeats: int, warmup: int = 3) -> flo
 def model_of(hf_config: dict, *, device: str, compiled: bool):
     """A model of random weights in bfloat16; `compiled`: each block by torch.compile, blocks of a kind together."""
     torch.manual_seed(0)
-    config = modeling.NomicBertMoeConfig(**hf_config)
+    config = modeling.NomicBertConfig(**hf_config)
     with torch.device(device):
         model = modeling.NomicBertModel(config).to(torch.bfloat16)
     if compiled:
@@ -60,7 +60,7 @@ def hidden(model, tokens: torch.Tensor) -> torch.Tensor:
 def layer_row(hf_config: dict, *, tokens: int, device: str, compiled: bool, calls: int, repeats: int) -> dict:
     """The mixture forwards and backwards."""
     torch.manual_seed(0)
-    config = modeling.NomicBertMoeConfig(**hf_config)
+    config = modeling.NomicBertConfig(**hf_config)
     with torch.device(device):
         layer = modeling.MixtureMlp(config).to(torch.bfloat16)
         for parameter in layer.parameters():
