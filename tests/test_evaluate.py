@@ -252,3 +252,13 @@ def test_the_forums_of_cqadupstack_count_as_one_task(tmp_path):
     assert (cells["mean of cqadupstack"], cells["mean monolingual"]) == ("20.0", "50.0")
     evaluate.evaluate(stand_in(), tasks[:1], runs=tmp_path)
     assert (tmp_path / "cqadupstack-android.trec").is_file()
+
+
+def test_miracl_has_both_of_its_means():
+    values = {
+        f"miracl/{lang}": figures(ndcg, 0.0) for lang, ndcg in (("ar", 0.6), ("sw", 0.4), ("de", 0.2), ("yo", 0.0))
+    }
+    text = evaluate.table({"moe_embed": values})
+    cells = {line[:20].strip(): line[20:].split()[0] for line in text.splitlines() if line[20:].split()}
+    assert (cells["mean of miracl"], cells["without de and yo"]) == ("30.0", "50.0")
+    assert "without" not in evaluate.table({"moe_embed": dict(list(values.items())[:2])})

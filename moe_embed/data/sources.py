@@ -21,7 +21,7 @@ from moe_embed.data import tables
 GRADE = re.compile(r"-?[0-9]{1,9}")
 SIDES = ("query", "document")
 FLOAT_MAX = sys.float_info.max
-FORUMS = "cqadupstack"  # BEIR's twelve folders in one, which count as one task
+GROUPS = ("cqadupstack", "miracl")  # folders of tasks that count as one: BEIR's twelve forums, MIRACL's languages
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -223,7 +223,8 @@ def read_task(folder: str, *, split: str = "test") -> Task:
         if not is_text(texts[query_id]):
             raise UserError(f"{root / 'queries.jsonl'}: the query {query_id} is empty or no text.")
     corpus = {document_id: text for document_id, text in documents.items() if is_text(text)}  # BEIR has empty ones
-    name = f"{FORUMS}/{root.name}" if root.resolve().parent.name == FORUMS else root.name
+    group = root.resolve().parent.name
+    name = f"{group}/{root.name}" if group in GROUPS else root.name
     return Task(name, corpus, {query_id: texts[query_id] for query_id in relevance}, relevance)
 
 
