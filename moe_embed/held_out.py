@@ -32,7 +32,9 @@ def split(sources: Sequence[Source], *, share: float) -> tuple[list[Source], Tas
     in the file leave those before where they are, mostly. UserError where there are fewer than two groups.
     """
     pairs = [pair for source in sources for pair in source.pairs]
-    group_N = _groups([(("q", pair.id or pair.query), ("d", pair.document)) for pair in pairs])
+    group_N = _groups(
+        [(("query", p.query), ("document", p.document), *([("id", p.id)] if p.id else [])) for p in pairs]
+    )
     hash_of = {}
     for pair, group in zip(pairs, group_N, strict=True):
         of_pair = zlib.crc32(f"{pair.query}\n{pair.document}".encode())

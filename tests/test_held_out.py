@@ -55,7 +55,8 @@ def test_pairs_that_share_a_text_stay_together():
     assert len(kept) + len(out) == len(pairs)
     assert out
     assert not {pair.document for pair in kept} & {pair.document for pair in out}
-    assert not {pair.id or pair.query for pair in kept} & {pair.id or pair.query for pair in out}
+    assert not {pair.query for pair in kept} & {pair.query for pair in out}
+    assert not {pair.id for pair in kept if pair.id} & {pair.id for pair in out if pair.id}
     judged = {(task.queries[q], task.corpus[d]) for q, of in task.relevance.items() for d in of}
     assert {d for _, d in judged} == {pair.document for pair in out}
 
