@@ -62,7 +62,9 @@ class Moe:
 class Data:
     """Which pairs, and how they become packed rows."""
 
-    sources: tuple[str, ...]  # files of pairs; a global batch comes from one of them
+    # files, patterns, folders made by prepare, tfds:NAME:SPLIT; a global batch comes from one file
+    sources: tuple[str, ...]
+    max_bad_fraction: float = 0.0  # of a source's rows that may be left out, counted; 0: the first one stops
     tokenizer: str  # a SentencePiece model
     batch_size: int  # pairs in a global batch, 0: by how many there are; for the objective mlm: packed rows
     weights: tuple[float, ...] = ()  # how often each source is drawn; () is in proportion to its size ** smoothing
@@ -75,9 +77,7 @@ class Data:
     query_length: int = 32  # tokens; longer queries are cut, and counted
     document_length: int = 256
     num_negatives: int = 0  # hard negatives taken from a pair's "negatives"
-    teacher: str = (
-        ""  # vectors to distil: pairs.jsonl + ".<teacher>.query.npy" and ".document.npy", a row for each pair
-    )
+    teacher: str = ""  # vectors to distil: pairs.jsonl + ".<teacher>.query.npy" and ".document.npy", a row a pair
     row_length: int = 512  # tokens L in a packed row
     rows: int = 32  # packed rows B of one micro-batch on one device
     texts_per_row: int = 64  # at most S texts share a row
@@ -356,8 +356,8 @@ def _contradictions(c: Config) -> list[str]:
          f"config.data.row_length={c.data.row_length} is shorter than a text's cap (query_length="
          f"{c.data.query_length}, document_length={c.data.document_length}); raise row_length."),
         (min(c.data.query_length, c.data.document_length, c.encoder.max_seq_length) >= 3,
-         "config.data.query_length, config.data.document_length and config.encoder.max_seq_length must be at least 3: "
-         "<s>, one piece, </s>."),
+         "config.data.query_length, document_length and config.encoder.max_seq_length must be 3 or more: <s>, a piece, </s>."),
+        (0 <= c.data.max_bad_fraction <= 1, f"config.data.max_bad_fraction={c.data.max_bad_fraction} must be 0 to 1."),
         (len(c.data.weights) in (0, len(c.data.sources)),
          f"config.data.weights has {len(c.data.weights)} numbers for {len(c.data.sources)} sources."),
         (all(w >= 0 for w in c.data.weights) and (not c.data.weights or sum(c.data.weights) > 0),

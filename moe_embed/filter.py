@@ -28,7 +28,8 @@ import numpy as np
 
 from moe_embed import retrieval, verb
 from moe_embed.config import UserError
-from moe_embed.data import sources
+from moe_embed.data import inputs, sources
+from moe_embed.data import pairs as pairs_lib
 from moe_embed.load import Model, load
 
 ROUNDING = 1e-6  # of a cosine in float32, summed in another order
@@ -52,11 +53,11 @@ def main(argv: Sequence[str]) -> None:
     outputs = plan(a.pairs, a.output)
     columns = {"query": a.query, "document": a.document}
     for path in outputs:
-        collections.deque(sources.read_rows(path, **columns), maxlen=0)  # a fault is said before any work
+        collections.deque(pairs_lib.read_rows(path, **columns), maxlen=0)  # a fault is said before any work
     model = load(a.model)
     counts, examples = collections.Counter(), []
     for path, output in outputs.items():
-        rows = list(sources.read_rows(path, **columns))
+        rows = list(pairs_lib.read_rows(path, **columns))
         lines = kept(model, rows, path, counts, examples, top_k=a.top_k, shard=a.shard, document=a.document)
         sources.write_lines(output, lines)
     print(summary(counts, examples))
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
 def plan(pairs: str, output: pathlib.Path) -> dict[str, pathlib.Path]:
     """Each file of --pairs and where its rows go; makes the folder for several. UserError where that cannot be."""
-    paths = sources.find_files(pairs)
+    paths = inputs.find(pairs)
     if os.path.isfile(pairs):
         verb.check_output(output, "--output")
         if not output.name.endswith((".jsonl", ".jsonl.gz")):
@@ -88,7 +89,7 @@ def plan(pairs: str, output: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def kept(
     model: Model,
-    rows: Sequence[sources.Row],
+    rows: Sequence[pairs_lib.Row],
     path: str,
     counts: collections.Counter,
     examples: list["Dropped"],
@@ -108,10 +109,10 @@ def kept(
         for row in some:
             keep = list(itertools.islice(verdicts, len(row.pairs)))
             if any(keep):
-                yield sources.with_documents(row, keep, document=document)
+                yield pairs_lib.with_documents(row, keep, document=document)
 
 
-def shards(rows: Sequence[sources.Row], size: int) -> Iterator[list[sources.Row]]:
+def shards(rows: Sequence[pairs_lib.Row], size: int) -> Iterator[list[pairs_lib.Row]]:
     """Rows in order, in as few runs as hold `size` pairs each, equal but for one pair (and the other pairs of its row)."""
     first = list(itertools.accumulate((len(row.pairs) for row in rows), initial=0))
     count = -(-first[-1] // size)
@@ -123,13 +124,13 @@ def shards(rows: Sequence[sources.Row], size: int) -> Iterator[list[sources.Row]
 class Dropped:
     """A pair that does not pass, and the document that its query finds instead."""
 
-    pair: sources.Pair
+    pair: pairs_lib.Pair
     score: float
     best: str
     best_score: float
 
 
-def judge(model: Model, pairs: Sequence[sources.Pair], *, top_k: int) -> tuple[np.ndarray, list[Dropped]]:
+def judge(model: Model, pairs: Sequence[pairs_lib.Pair], *, top_k: int) -> tuple[np.ndarray, list[Dropped]]:
     """Whether each document is among the top_k distinct documents of all `pairs` for its query: bool [N], and who is not."""
     queries, documents = ({}, {})
     query_N = np.array([queries.setdefault(pair.query, len(queries)) for pair in pairs])

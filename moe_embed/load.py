@@ -19,7 +19,7 @@ import tqdm
 from moe_embed import checkpoint, hf_folder, program, sharding
 from moe_embed import config as config_lib
 from moe_embed.config import UserError
-from moe_embed.data import batches, sources
+from moe_embed.data import batches, tables
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.model import encoder as encoder_lib
 
@@ -98,7 +98,7 @@ class Model:
             raise UserError("encode takes a list of texts; put the one text in a list.")
         texts = list(texts)
         for i, text in enumerate(texts):
-            if not sources.is_text(text):
+            if not tables.is_text(text):
                 raise UserError(f"text {i} is empty or no text: {text!r:.60}.")
         prompt = "" if task is None else self.prompts[task]
         cap = self.encoder.max_seq_length if max_length is None else min(max_length, self.encoder.max_seq_length)

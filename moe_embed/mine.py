@@ -33,7 +33,8 @@ import tqdm
 
 from moe_embed import retrieval, verb
 from moe_embed.config import UserError
-from moe_embed.data import sources
+from moe_embed.data import inputs, sources
+from moe_embed.data import pairs as pairs_lib
 from moe_embed.load import Model, load
 
 CHUNK = 2_048  # texts a device encodes between two marks of progress
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         )
     if not 1 <= a.num_negatives <= a.depth:
         raise UserError(f"--num_negatives={a.num_negatives} is not between 1 and --depth={a.depth}.")
-    paths = sources.find_files(a.pairs)
+    paths = inputs.find(a.pairs)
     if a.output.exists() and any(os.path.samefile(path, a.output) for path in paths):
         raise UserError(f"--output={a.output} is one of --pairs; name another.")
     texts = collect(paths, corpus=a.corpus, query=a.query, document=a.document)
@@ -100,7 +101,7 @@ def collect(
     queries, documents = {}, {}
     rows, answers, ids, answers_of_id = [], [], [], {}
     for file, path in enumerate(paths):
-        for row in sources.read_rows(path, query=query, document=document):
+        for row in pairs_lib.read_rows(path, query=query, document=document):
             number = queries.setdefault(row.pairs[0].query, len(queries))
             found = [documents.setdefault(pair.document, len(documents)) for pair in row.pairs]
             if number == len(answers):
@@ -186,7 +187,7 @@ def mined(
     """
     names = "rows pairs positive hard_rows hard candidates dropped incomplete without not_positive known written"
     counts |= dict.fromkeys(names.split(), 0)
-    rows = (row for path in texts.paths for row in sources.read_rows(path, **texts.columns))
+    rows = (row for path in texts.paths for row in pairs_lib.read_rows(path, **texts.columns))
     bar = tqdm.tqdm(rows, "writing", len(texts.rows), unit="row", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for row, (query, *own) in zip(bar, texts.rows, strict=True):
         known = sorted(positives(texts, query))
@@ -219,7 +220,7 @@ def mined(
         if complete or not drop_incomplete:
             counts["written"] += 1
             exact = [float(str(score)) for score in scores]  # the shortest decimal that is this float32
-            yield sources.with_negatives(row, negatives, exact, document=texts.columns["document"])
+            yield pairs_lib.with_negatives(row, negatives, exact, document=texts.columns["document"])
     if counts["known"]:
         raise AssertionError(f"{counts['known']} known positives among the negatives")
     if not counts["written"]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from moe_embed import program, sharding
 from moe_embed.config import UserError
-from moe_embed.data import sources
+from moe_embed.data import tables
 from moe_embed.load import Model, load
 
 
@@ -56,7 +56,7 @@ class MtebModel:
             raise UserError(f"precision={encode_kwargs['precision']}: only float32 is given to mteb; moe_embed.evaluate "
                             "--precisions measures smaller ones.")  # fmt: skip
         texts = [text for batch in inputs for text in batch["text"]]
-        full = [i for i, text in enumerate(texts) if sources.is_text(text)]
+        full = [i for i, text in enumerate(texts) if tables.is_text(text)]
         out_ND = np.zeros((len(texts), self.embed_dim), np.float32)
         task = prompt_name(self.model.prompts, task_metadata, prompt_type)
         progress = bool(encode_kwargs.get("show_progress_bar"))

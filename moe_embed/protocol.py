@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_embed.batcher import SIZES, Counts
-from moe_embed.data import sources
+from moe_embed.data import tables
 from moe_embed.load import Model
 
 FIELDS = ("input", "model", "encoding_format", "dimensions", "user", "task")
@@ -71,7 +71,7 @@ def _texts(given, *, max_texts: int) -> list[str]:
     if any(isinstance(one, int | list) for one in texts):
         raise refuse("input holds token ids, which another tokenizer may have made; send texts.")
     for i, text in enumerate(texts):
-        if not sources.is_text(text):
+        if not tables.is_text(text):
             raise refuse(f"text {i} of input is empty or no text: {text!r:.60}.")
     return texts
 

@@ -9,13 +9,13 @@ Several runs become a table of their last dev figures, runs that differ in -seed
 import argparse
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moe_embed import metrics, verb
 from moe_embed.config import Config, UserError
-from moe_embed.data import sources
+from moe_embed.data import inputs, sources
 from moe_embed.load import DESCRIPTION, Model, load, read_description
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -93,17 +93,25 @@ def sparkline(values: np.ndarray) -> str:
 def texts_by_language(config: Config) -> dict[str, list[str]]:
     """The first documents, or texts, of each language in the run's monolingual data (`lang` without a "-")."""
     texts: dict[str, list[str]] = {}
-    for path in config.data.sources:
-        if config.loss.objective == "mlm":
-            source = sources.read_text_source(path, column=config.data.document)
-            found = zip(source.langs, source.texts, strict=True)
-        else:
-            pairs = sources.read_source(path, query=config.data.query, document=config.data.document).pairs
-            found = ((pair.lang, pair.document) for pair in pairs)
-        for lang, text in found:
+    for path in [path for name in config.data.sources for path in inputs.find(name)]:
+        for lang, text in _said(path, config):
             if lang and "-" not in lang and len(texts.setdefault(lang, [])) < TEXTS:
                 texts[lang].append(text)
     return dict(sorted(texts.items()))
+
+
+def _said(path: str, config: Config) -> Iterator[tuple[str, str]]:
+    """(language, document or text) of a source; of each language at least the first TEXTS."""
+    bad = config.data.max_bad_fraction
+    if config.loss.objective == "mlm":
+        for texts in sources.read_text_sources(path, column=config.data.document, max_bad_fraction=bad):
+            yield from zip(texts.langs, texts.texts, strict=True)
+        return
+    for source in sources.read_sources(
+        path, query=config.data.query, document=config.data.document, max_bad_fraction=bad
+    ):
+        for lang, places in source.by_language().items():
+            yield from ((lang, pair.document) for pair in source.take(places[np.arange(min(len(places), TEXTS))]))
 
 
 def experts(model: Model, texts: dict[str, list[str]]) -> str:

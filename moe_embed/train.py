@@ -26,6 +26,7 @@ from moe_embed import (
     optim,
     program,
     retrieval,
+    run_data,
     same_run,
     sharding,
     verb,
@@ -35,7 +36,6 @@ from moe_embed.config import Config, UserError
 from moe_embed.data import batches as batches_lib
 from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.data.mlm_batches import MlmBatches
 from moe_embed.load import (
     DESCRIPTION,
     Description,
@@ -113,7 +113,7 @@ def train(
             raise UserError(
                 f"--config.data.tokenizer={config.data.tokenizer} is not the tokenizer of {origin}; leave it out."
             )
-    config, batches, tokenizer, tasks, held = open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
+    config, batches, tokenizer, tasks, held = run_data.open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
     agreement.check_data(config, batches.fingerprint)
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
     say_what_will_run(config, prog, batches, held)
@@ -241,35 +241,6 @@ def parameters_of(base: Model | None, prog: program.Program, batches) -> dict:
         print("mlm head    left out: this objective does not use it")
         del params["head"]
     return params
-
-
-def open_data(config: Config, *, num_shards: int, tokenizer=None):
-    """Read the tokenizer (unless one is given), every source and every dev task, and choose the shapes of the batches.
-
-    Returns (config with what the data decides, Batches or MlmBatches, tokenizer, [Task], the held-out Task or None). UserError names every file that is at fault, not only the first.
-    """
-    c, faults = config.data, []
-
-    def read(reader, *arguments, **keywords):
-        try:
-            return reader(*arguments, **keywords)
-        except UserError as error:
-            faults.extend(error.args)
-
-    tokenizer = tokenizer or read(tokenizer_lib.read, c.tokenizer)
-    if config.loss.objective == "mlm":
-        kind, sources = MlmBatches, [read(sources_lib.read_text_source, path, column=c.document) for path in c.sources]
-    else:
-        columns = {"query": c.query, "document": c.document, "teacher": c.teacher}
-        kind, sources = batches_lib.Batches, [read(sources_lib.read_source, path, **columns) for path in c.sources]
-    tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
-    if faults:
-        raise UserError(*faults)
-    held = None
-    if c.held_out:
-        sources, held = held_out.split(sources, share=c.held_out)
-    config = held_out.fit(config, num_pairs=sum(map(len, sources)))
-    return config, kind(sources, tokenizer, config, num_shards=num_shards), tokenizer, tasks, held
 
 
 def due(done: int, every: int, config: Config) -> bool:

@@ -12,7 +12,8 @@ from moe_embed.config import UserError
 from moe_embed.data import batches as batches_lib
 from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.data.sources import Pair, Source
+from moe_embed.data.pairs import Pair
+from moe_embed.data.sources import Source
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "moe_embed" / "sample"

@@ -14,7 +14,8 @@ from moe_embed import config as config_lib
 from moe_embed import filter as filter_lib
 from moe_embed import retrieval, sharding
 from moe_embed.config import UserError
-from moe_embed.data import sources
+from moe_embed.data import inputs, sources
+from moe_embed.data import pairs as pairs_lib
 from tests.test_mine import tiny_model
 
 SAMPLE = pathlib.Path(moe_embed.__file__).parent / "sample"
@@ -57,7 +58,7 @@ def run(
     rows, tmp_path, vectors=vector, *, top_k=2, shard=1000, **columns
 ) -> tuple[list[str], collections.Counter, list]:
     counts, examples = collections.Counter(), []
-    rows = list(sources.read_rows(str(write(tmp_path / "a.jsonl", rows)), **columns))
+    rows = list(pairs_lib.read_rows(str(write(tmp_path / "a.jsonl", rows)), **columns))
     lines = filter_lib.kept(fake(vectors), rows, "a", counts, examples, top_k=top_k, shard=shard)
     return list(lines), counts, examples
 
@@ -85,7 +86,7 @@ def test_every_pair_is_judged_once_in_its_shard(tmp_path, shard):
     rows = random_rows(1, 80)
     everything = run(rows, tmp_path, top_k=99, shard=shard)[0]
     assert [json.loads(line) for line in everything] == rows
-    sizes = [len(some) for some in filter_lib.shards(list(sources.read_rows(str(tmp_path / "a.jsonl"))), shard)]
+    sizes = [len(some) for some in filter_lib.shards(list(pairs_lib.read_rows(str(tmp_path / "a.jsonl"))), shard)]
     assert sum(sizes) == 80
     assert len(sizes) == -(-80 // shard)
     assert max(sizes) <= shard
@@ -201,7 +202,7 @@ def test_the_summary_by_hand():
     assert cells["de"] == ["3", "4", "75.0%"]
     assert cells["en"] == ["4", "4", "100.0%"]
     assert cells["none given"] == ["0", "2", "0.0%"]
-    pair = sources.Pair("why " * 50, "because")
+    pair = pairs_lib.Pair("why " * 50, "because")
     shown = filter_lib.summary(counts, [filter_lib.Dropped(pair, 0.1234, "so", 0.5)])
     assert "dropped: why why" in shown
     assert "0.123  because" in shown
@@ -211,7 +212,7 @@ def test_the_summary_by_hand():
 
 def test_eight_devices_judge_as_one(tmp_path, monkeypatch, eight_devices):
     monkeypatch.setattr(retrieval, "BLOCK", 3)
-    pairs = [sources.Pair(row["query"], row["document"]) for row in random_rows(3, 50)]
+    pairs = [pairs_lib.Pair(row["query"], row["document"]) for row in random_rows(3, 50)]
     model = fake()
     one, _ = filter_lib.judge(model, pairs, top_k=2)
     model.mesh = sharding.make_mesh(config_lib.Mesh())
@@ -268,22 +269,22 @@ def test_the_verb_on_the_sample(tmp_path, capsys):
 
 
 def test_rows_are_read_as_a_source_is(tmp_path):
-    """sources.read_rows: the same pairs and the same faults as read_source, with the lines beside them."""
+    """pairs_lib.read_rows: the same pairs and the same faults as read_source, with the lines beside them."""
     path = str(SAMPLE / "pairs" / "monolingual.jsonl.gz")
-    rows = list(sources.read_rows(path))
+    rows = list(pairs_lib.read_rows(path))
     assert [pair for row in rows for pair in row.pairs] == sources.read_source(path).pairs
     assert [json.loads(row.line) for row in rows] == [row.columns for row in rows]
     (tmp_path / "e.jsonl").write_text("\n \n")
     with pytest.raises(UserError, match="holds no pairs"):
-        list(sources.read_rows(str(tmp_path / "e.jsonl")))
+        list(pairs_lib.read_rows(str(tmp_path / "e.jsonl")))
 
 
 def test_patterns_of_files(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "[x].jsonl"):
         (tmp_path / name).touch()
     root = str(tmp_path)
-    assert sources.find_files(f"{root}/b.jsonl,{root}/*.jsonl") == [f"{root}/{n}.jsonl" for n in ("b", "[x]", "a")]
-    assert sources.find_files(f"{root}/[x].jsonl") == [f"{root}/[x].jsonl"]
+    assert inputs.find(f"{root}/b.jsonl,{root}/*.jsonl") == [f"{root}/{n}.jsonl" for n in ("b", "[x]", "a")]
+    assert inputs.find(f"{root}/[x].jsonl") == [f"{root}/[x].jsonl"]
     for nothing in ("", ","):
         with pytest.raises(UserError, match="names no file"):
-            sources.find_files(nothing)
+            inputs.find(nothing)

@@ -10,7 +10,8 @@ from moe_embed import config as config_lib
 from moe_embed import held_out, train
 from moe_embed.config import UserError
 from moe_embed.data import sources
-from moe_embed.data.sources import Pair, Source
+from moe_embed.data.pairs import Pair
+from moe_embed.data.sources import Source
 from moe_embed.load import read_description
 from tests import tiny
 

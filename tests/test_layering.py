@@ -17,15 +17,15 @@ OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"
 
 LAYERS = (
     {"config", "verb", "metrics", "cluster", "agreement", "batcher"},
-    {"data", "data.sources", "data.tables", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
+    {"data", "data.sources", "data.pairs", "data.tables", "data.tally", "data.inputs", "data.prepared", "data.hygiene", "data.spool", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "significance", "quantize", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "protocol", "mteb_model", "same_run", "held_out", "hlo", "hlo_count",
-     "topology", "estimate", "ahead", "bars"},
+     "topology", "estimate", "ahead", "bars", "data_card", "run_data"},
     {""},  # moe_embed/__init__.py: the public names
-    {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "serve", "soup", "upcycle", "doctor"},  # the verbs
+    {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "serve", "soup", "upcycle", "doctor", "prepare"},  # the verbs
 )  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FENCES = {
@@ -44,6 +44,9 @@ FENCES = {
     "starlette": {"serve.py"},
     "uvicorn": {"serve.py"},
     "mteb": {"mteb_model.py"},
+    "array_record": {"data/prepared.py", "data/spool.py"},
+    "tensorflow_datasets": {"data/inputs.py", "data/prepared.py", "data/spool.py"},
+    "datasets": {"data/inputs.py"},
     "pickle": set(),
 }
 NO_TEST = {

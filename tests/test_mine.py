@@ -16,6 +16,7 @@ from moe_embed import config as config_lib
 from moe_embed import load as load_function
 from moe_embed import mine, retrieval, sharding
 from moe_embed.config import UserError
+from moe_embed.data import pairs as pairs_lib
 from moe_embed.data import sources
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, prompts_of, save
@@ -336,7 +337,7 @@ def test_a_run_stopped_while_searching_or_writing_goes_on_to_the_same_bytes(tmp_
                 raise KeyboardInterrupt
             return "{}"
 
-        patch.setattr(sources, "with_negatives", stop)
+        patch.setattr(pairs_lib, "with_negatives", stop)
         with pytest.raises(KeyboardInterrupt):
             run(fake(stop_at=0), files, output)
     assert f"21 of {queries} scores_40 are there" in capsys.readouterr().out

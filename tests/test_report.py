@@ -83,7 +83,7 @@ def test_texts_by_language(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps({"q": "q", "d": text, "lang": lang}) + "\n" for lang, text in rows))
     loss, data = (
         types.SimpleNamespace(objective="contrastive"),
-        {"sources": (str(path),), "query": "q", "document": "d"},
+        {"sources": (str(path),), "query": "q", "document": "d", "max_bad_fraction": 0.0},
     )
     config = types.SimpleNamespace(data=types.SimpleNamespace(**data), loss=loss)
     texts = report.texts_by_language(config)

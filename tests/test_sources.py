@@ -10,7 +10,7 @@ import pytest
 
 from moe_embed.config import UserError
 from moe_embed.data import sources
-from moe_embed.data.sources import Pair
+from moe_embed.data.pairs import Pair
 
 GOOD = [{"query": "wie?", "document": "so.", "lang": "de"}]
 GOOD += [{"query": "q\u2028r", "document": "d", "negatives": ["n", "m"]}]
@@ -114,7 +114,9 @@ def test_whole_files_that_cannot_be_read(tmp_path):
     assert "cannot be read" in fault(write(tmp_path / "flip.jsonl.gz", packed[:-8] + b"\0" + packed[-7:]))
     assert "does not exist" in fault(str(tmp_path / "none.jsonl"))
     assert "is no file" in fault(str(tmp_path))
-    assert "ends in .jsonl, .csv, .tsv, .parquet, or in those and .gz" in fault(write(tmp_path / "a.txt", lines(GOOD)))
+    assert "ends in .jsonl, .csv, .tsv, .parquet, .arrow; the first three also in those and .gz or .zst" in fault(
+        write(tmp_path / "a.txt", lines(GOOD))
+    )
     for name, data in (("e.jsonl", b""), ("b.jsonl", b"\n \n"), ("e.csv", b""), ("h.csv", b"query,document\n")):
         assert "holds no pairs" in fault(write(tmp_path / name, data))
 

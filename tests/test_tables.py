@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_embed.config import UserError
+from moe_embed.data import pairs as pairs_lib
 from moe_embed.data import sources, tables
 
 ROWS = [{"query": "was, ist", "document": 'ein "Haus"'}, {"query": "表\tを", "document": "zwei\nZeilen"}]
@@ -17,6 +18,10 @@ ROWS = [{"query": "was, ist", "document": 'ein "Haus"'}, {"query": "表\tを", "
 def write(path, rows=ROWS) -> str:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     else:
@@ -28,7 +33,7 @@ def write(path, rows=ROWS) -> str:
 
 
 def read(path: str) -> list:
-    return list(tables.rows(path, tables.read_bytes(path)))
+    return list(tables.rows(path))
 
 
 @pytest.mark.parametrize("suffix", tables.SUFFIXES)
@@ -38,11 +43,14 @@ def test_every_kind_gives_the_same_rows(suffix, tmp_path):
     assert [(pair.query, pair.document) for pair in sources.read_source(path).pairs] == [
         tuple(row.values()) for row in ROWS
     ]
-    assert [row.pairs[0].row for row in sources.read_rows(path)] == [0, 1]
-    if suffix != ".parquet":
-        with open(path, "rb") as plain, gzip.open(path + ".gz", "wb") as packed:
-            packed.write(plain.read())
-        assert [row for _, row in read(path + ".gz")] == ROWS
+    assert [row.pairs[0].row for row in pairs_lib.read_rows(path)] == [0, 1]
+    if suffix not in (".parquet", ".arrow"):
+        with open(path, "rb") as plain:
+            data = plain.read()
+        with gzip.open(path + ".gz", "wb") as packed, pyarrow.CompressedOutputStream(path + ".zst", "zstd") as smaller:
+            packed.write(data)
+            smaller.write(data)
+        assert [row for _, row in read(path + ".gz")] == [row for _, row in read(path + ".zst")] == ROWS
 
 
 def test_a_place_is_named(tmp_path):
@@ -56,7 +64,7 @@ def test_a_place_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("p.txt", b"a", "no file of rows we read; its name ends in .jsonl, .csv, .tsv, .parquet"),
+        ("p.txt", b"a", "no file of rows we read; its name ends in .jsonl, .csv, .tsv, .parquet, .arrow"),
         ("p.parquet", b"PAR1 no PAR1", "cannot be read as Parquet"),
         ("p.tsv", b'query\tdocument\n"a\tb', "p.tsv:1 is not TSV"),
         ("p.csv", b"query,document\n\xff,b\n", "p.csv:2 is not UTF-8"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from moe_embed import checkpoint, metrics, program, sharding, train
+from moe_embed import checkpoint, metrics, program, run_data, sharding, train
 from moe_embed import config as config_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, load, read_description, save
@@ -253,7 +253,7 @@ def test_every_missing_file_is_named(config):
         config.data, sources=("a.jsonl", "b.jsonl"), tokenizer="t.model", dev=("task",), weights=()
     )
     with pytest.raises(config_lib.UserError) as error:
-        train.open_data(dataclasses.replace(config, data=data), num_shards=1)
+        run_data.open_data(dataclasses.replace(config, data=data), num_shards=1)
     assert all(name in str(error.value) for name in ("a.jsonl", "b.jsonl", "t.model", "task"))
 
 

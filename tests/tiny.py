@@ -6,7 +6,8 @@ import numpy as np
 from moe_embed import config as config_lib
 from moe_embed.data import batches as batches_lib
 from moe_embed.data.mlm_batches import MlmBatches
-from moe_embed.data.sources import Pair, Source, Texts
+from moe_embed.data.pairs import Pair
+from moe_embed.data.sources import Source, Texts
 from moe_embed.model import encoder
 
 WORDS = ("ka", "lo", "mi", "nu", "pe", "ri", "so", "tu", "va", "xe")

@@ -16,7 +16,8 @@ import numpy as np
 
 from moe_embed import config as config_lib
 from moe_embed.data import mixture as mixture_lib
-from moe_embed.data.sources import Pair, Source
+from moe_embed.data.pairs import Pair
+from moe_embed.data.sources import Source
 from moe_embed.data.tokenizer import PAD, Tokenizer
 
 SAMPLE = 64  # batches packed beforehand to choose the sizes of M
@@ -40,23 +41,27 @@ def pack(lengths: Sequence[int], *, row_length: int, texts_per_row: int) -> Pack
     lengths = np.asarray(lengths, np.int32)
     row_N, segment_N, start_N = (np.zeros(len(lengths), np.int32) for _ in range(3))
     open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the space they have left
+    has_open = 0  # bit s: some open row has the space s
     used, texts = [], []
     for n in np.argsort(-lengths, kind="stable"):
         length = int(lengths[n])
         if not length:
             break
-        space = next((s for s in range(length, row_length) if open_rows[s]), None)
-        if space is None:
+        fitting = has_open >> length << length  # the bits of spaces that are large enough
+        space = (fitting & -fitting).bit_length() - 1
+        if space < 0:
             row = len(used)
             used.append(0)
             texts.append(0)
         else:
             row = open_rows[space].pop()
+            has_open &= ~(0 if open_rows[space] else 1 << space)
         row_N[n], segment_N[n], start_N[n] = row, texts[row], used[row]
         used[row] += length
         texts[row] += 1
         if texts[row] < texts_per_row and used[row] < row_length:
             open_rows[row_length - used[row]].append(row)
+            has_open |= 1 << row_length - used[row]
     return Packed(row_N, segment_N, start_N, len(used))
 
 
@@ -145,8 +150,11 @@ class Batches:
         if self.distill == "scores" and not any(pair.scores for source in sources for pair in source.pairs):
             paths = ", ".join(source.path for source in sources)
             raise config_lib.UserError(f'config.loss.distill="scores" finds no "scores" in {paths}; mine writes them.')
-        langs = [[pair.lang for pair in source.pairs] for source in sources]
-        self.groups = mixture_lib.make_groups(langs, by_language=self.c.by_language, batch_size=self.c.batch_size)
+        self.groups = mixture_lib.make_groups(
+            [source.by_language() for source in sources],
+            each_language=self.c.by_language,
+            batch_size=self.c.batch_size,
+        )
         self.mixture = mixture_lib.Mixture(
             [len(group.members) for group in self.groups],
             share=mixture_lib.shares(self.groups, weights=self.c.weights, smoothing=self.c.smoothing),
@@ -200,7 +208,8 @@ class Batches:
         first, the documents' numbers, and the cuts."""
         which, places = self.mixture.batch_at(step)
         group = self.groups[which]
-        pairs = [(self.sources[group.source].pairs[i], i) for i in group.members[places]]
+        members = group.members[places]
+        pairs = list(zip(self.sources[group.source].take(members), members, strict=True))
         h = self.c.num_negatives
         texts, ids = [], []
         for pair, _ in pairs:

@@ -31,10 +31,13 @@ class MlmBatches:
         self.sizes = (self.c.batch_size // rows,)
         self.num_masked = int(np.ceil(self.fraction * self.c.row_length))
         packed = [self._pack_source(source) for source in sources]
-        langs = [of_rows for _, _, of_rows in packed]
-        self.groups = mixture.make_groups(langs, by_language=self.c.by_language, batch_size=self.c.batch_size)
-        self.tokens = [packed[group.source][0][group.members] for group in self.groups]  # int32 [rows, L] each
-        self.segments = [packed[group.source][1][group.members] for group in self.groups]
+        places = [mixture.by_language(langs) for _, _, langs in packed]
+        self.groups = mixture.make_groups(places, each_language=self.c.by_language, batch_size=self.c.batch_size)
+        members = [group.members[np.arange(len(group.members))] for group in self.groups]
+        self.tokens = [
+            packed[g.source][0][m] for g, m in zip(self.groups, members, strict=True)
+        ]  # int32 [rows, L] each
+        self.segments = [packed[g.source][1][m] for g, m in zip(self.groups, members, strict=True)]
         counts_V = np.bincount(np.concatenate([t[s > 0] for t, s, _ in packed]), minlength=config.encoder.vocab_size)
         counts_V[tokenizer.special_ids] = 0
         self.log_frequency_V = np.log((counts_V + 1) / (counts_V + 1).sum()).astype(np.float32)  # one more: none is 0

@@ -1,70 +1,115 @@
-"""Files to rows: JSONL, CSV and TSV (also gzipped) and Parquet; each row a dict, with the place that an error names."""
+"""Files to rows: JSONL, CSV and TSV (also .gz, .zst), Parquet and Arrow; each row a dict, with the place that an error names.
 
+Rows come one by one, whatever the file's size. Paths may be an object store's (gs://, s3://), through etils.
+"""
+
+import codecs
+import contextlib
 import csv
 import gzip
 import io
 import json
-import pathlib
+import re
 import zlib
 from collections.abc import Iterator
+from typing import BinaryIO
+
+from etils import epath
 
 from moe_embed.config import UserError
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".zst")
+CHUNK = 2**20  # bytes
+LONGEST = 2**26  # bytes of a line: more is no row of texts, and would be held in memory
+SURROGATE = re.compile("[\ud800-\udfff]")
+# Blanks, controls and what is drawn without width (joiners, direction marks, byte-order marks): alone they are no text.
+NOTHING = re.compile("[\\s\0-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]*")
 
 
-def read_bytes(path: str) -> bytes:
-    """A file's bytes, unpacked where its name ends in .gz. UserError if it cannot be read."""
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"{path} does not exist, or is no file.")
-    try:
-        data = pathlib.Path(path).read_bytes()
-        return gzip.decompress(data) if path.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+class BadRow(UserError):
+    """A row that cannot be used: its sentence, and in a word or two the `reason` by which such rows are counted."""
+
+    def __init__(self, sentence: str, *, reason: str):
+        super().__init__(sentence)
+        self.reason = reason
+
+
+def is_text(value) -> bool:
+    """Whether a value is a string with something to see in it that UTF-8 can say (JSON can hold half a surrogate pair)."""
+    return isinstance(value, str) and not NOTHING.fullmatch(value) and not SURROGATE.search(value)
 
 
 def kind(path: str) -> str:
     """The suffix by which a file is read, one of SUFFIXES. UserError for any other."""
-    suffix = pathlib.PurePath(path.removesuffix(".gz")).suffix
-    if suffix not in SUFFIXES:
+    plain = next((path.removesuffix(suffix) for suffix in PACKED if path.endswith(suffix)), path)
+    suffix = epath.Path(plain).suffix
+    if suffix not in SUFFIXES or (plain != path and suffix in (".parquet", ".arrow")):
         raise UserError(
-            f"{path} is no file of rows we read; its name ends in {', '.join(SUFFIXES)}, or in those and .gz."
+            f"{path} is no file of rows we read; its name ends in {', '.join(SUFFIXES)}; the first three also in those and "
+            f"{' or '.join(PACKED)}."
         )
     return suffix
 
 
-def rows(path: str, data: bytes) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of each row in order; `data` is read_bytes(path). UserError names file, line and fault."""
+def rows(path: str) -> Iterator[tuple[str, dict | BadRow]]:
+    """("file:line", row) of each row in order, a BadRow in the place of one that cannot be read.
+
+    What breaks a file off (a gzip cut short) is its last row, a BadRow too. UserError if the file cannot be opened.
+    """
     suffix = kind(path)
-    if suffix == ".jsonl":
-        yield from json_rows(path, data)
-    elif suffix == ".parquet":
-        yield from _parquet_rows(path, data)
-    else:
-        csv.field_size_limit(2**31 - 1)
-        text = io.StringIO(decode(path, data), newline="")
-        reader = csv.DictReader(text, strict=True, delimiter="," if suffix == ".csv" else "\t")
+    read = (
+        {".jsonl": _jsonl, ".parquet": _parquet, ".arrow": _arrow}[suffix] if suffix not in (".csv", ".tsv") else _csv
+    )
+    with open_binary(path, unpack=suffix in (".jsonl", ".csv", ".tsv")) as stream:
+        place = path
         try:
-            for row in reader:
-                yield f"{path}:{reader.line_num}", row
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num} is not {suffix[1:].upper()}: {error}.") from error
+            for place, row in read(path, stream):
+                yield place, row
+        except (OSError, EOFError, zlib.error) as error:
+            yield place, BadRow(f"{path} cannot be read on after {place}: {error}.", reason="file cut off or damaged")
 
 
-def _parquet_rows(path: str, data: bytes) -> Iterator[tuple[str, dict]]:
-    import pyarrow  # half a second to import, and few files need it
-    import pyarrow.parquet
-
+@contextlib.contextmanager
+def open_binary(path: str, *, unpack: bool = True) -> Iterator[BinaryIO]:
+    """A file's bytes as a stream, unpacked where its name ends in one of PACKED. UserError if it cannot be opened."""
+    file = epath.Path(path)
     try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}.") from error
+        if not file.is_file():
+            raise UserError(f"{path} does not exist, or is no file.")
+        stream = file.open("rb")
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    with stream:
+        if unpack and path.endswith(".gz"):
+            yield gzip.GzipFile(fileobj=stream)
+        elif unpack and path.endswith(".zst"):
+            import pyarrow  # half a second to import, and few files need it
+
+            yield io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, "r"), "zstd"))
+        else:
+            yield stream
+
+
+def digest(path: str) -> int:
+    """CRC-32 of a file's bytes as they are once unpacked. UserError if it cannot be read."""
+    crc = 0
+    with open_binary(path) as stream:
+        try:
+            while chunk := stream.read(CHUNK):
+                crc = zlib.crc32(chunk, crc)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from error
+    return crc
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's bytes, unpacked. UserError if it cannot be read."""
+    with open_binary(str(path)) as stream:
+        try:
+            return stream.read()
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from error
 
 
 def json_rows(path, data: bytes, *, every_line: bool = False) -> Iterator[tuple[str, dict]]:
@@ -73,10 +118,10 @@ def json_rows(path, data: bytes, *, every_line: bool = False) -> Iterator[tuple[
     for number, line in enumerate(lines, start=1):
         if not line.strip() and (not every_line or len(lines) == 1):
             continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON ({error}); each line is one object.") from error
+        row = _parsed(f"{path}:{number}", line)
+        if isinstance(row, BadRow):
+            raise row
+        yield f"{path}:{number}", row
 
 
 def decode(path, data: bytes) -> str:
@@ -85,4 +130,85 @@ def decode(path, data: bytes) -> str:
         return data.decode("utf-8-sig")  # a spreadsheet's byte-order mark is not part of the first column's name
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line} is not UTF-8; convert the file.") from error
+        raise _not_utf8(f"{path}:{line}") from error
+
+
+def _jsonl(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), start=1):
+        place = f"{path}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) == LONGEST:
+            yield place, BadRow(f"{place} is longer than {LONGEST} bytes; it is no row.", reason="too long")
+            return
+        if line.strip():
+            try:
+                yield place, _parsed(place, line.decode())
+            except UnicodeDecodeError:
+                yield place, _not_utf8(place)
+
+
+def _parsed(place: str, line: str) -> dict | BadRow:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"{place} is not JSON ({error}); each line is one object.", reason="not JSON")
+
+
+def _not_utf8(place: str) -> BadRow:
+    return BadRow(f"{place} is not UTF-8; convert the file.", reason="not UTF-8")
+
+
+def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
+    csv.field_size_limit(2**31 - 1)
+    # a byte that is no UTF-8 becomes half a surrogate pair: its row is bad, not the file
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.DictReader(text, strict=True, delimiter="\t" if kind(path) == ".tsv" else ",")
+    try:
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                place = f"{path}:{reader.line_num}"
+                yield place, BadRow(f"{place} is not {kind(path)[1:].upper()}: {error}.", reason="not CSV")
+                continue
+            place = f"{path}:{reader.line_num}"
+            escaped = any(isinstance(value, str) and re.search("[\udc80-\udcff]", value) for value in row.values())
+            yield place, _not_utf8(place) if escaped else row
+    finally:
+        text.detach()  # the stream is its opener's to close
+
+
+def _parquet(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
+    import pyarrow.parquet
+
+    yield from _columns(path, "Parquet", lambda: pyarrow.parquet.ParquetFile(stream).iter_batches())
+
+
+def _arrow(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
+    import pyarrow
+
+    def batches():
+        if stream.read(6) == b"ARROW1":
+            file = pyarrow.ipc.open_file(stream)
+            return (file.get_batch(i) for i in range(file.num_record_batches))
+        stream.seek(0)
+        return iter(pyarrow.ipc.open_stream(stream))
+
+    yield from _columns(path, "Arrow", batches)
+
+
+def _columns(path: str, name: str, batches) -> Iterator[tuple[str, dict | BadRow]]:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # Arrow's text is not checked to be UTF-8
+        place = f"{path}, row {number + 1}"
+        yield place, BadRow(f"{path} cannot be read as {name}: {error}.", reason="file cut off or damaged")

@@ -47,6 +47,10 @@ class Tokenizer:
         cut = sum(len(ids) > max_length - 2 for ids in pieces)
         return [self._with_ends(ids[: max_length - 2]) for ids in pieces], cut
 
+    def count(self, texts: Sequence[str]) -> np.ndarray:
+        """int64 [N]: how many ids each text has, <s> and </s> among them."""
+        return np.array([len(ids) + 2 for ids in self._model.encode(list(texts), num_threads=1)], np.int64)
+
     def _with_ends(self, pieces: list[int]) -> np.ndarray:
         body = np.asarray(pieces, np.int32)
         return _between(BOS, np.where(body == 0, UNK, body + 1), EOS)
@@ -85,6 +89,11 @@ class JsonTokenizer:
         found = self._model.encode_batch([prompt + text for text in texts], add_special_tokens=False)
         cut = sum(len(one.ids) > max_length - 2 for one in found)
         return [_between(self._first, one.ids[: max_length - 2], self._last) for one in found], cut
+
+    def count(self, texts: Sequence[str]) -> np.ndarray:
+        """As Tokenizer.count."""
+        found = self._model.encode_batch(list(texts), add_special_tokens=False)
+        return np.array([len(one.ids) + 2 for one in found], np.int64)
 
 
 def _between(first: int, body: Sequence[int], last: int) -> np.ndarray:

@@ -8,9 +8,6 @@ piece it stands in for, which had lost already. (So is the highest: user-defined
 are all kept has the same pieces, and the same vector.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +15,7 @@ import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
 from moe_embed.config import UserError
-from moe_embed.data import sources
+from moe_embed.data import inputs, sources
 from moe_embed.data.tokenizer import Tokenizer
 
 CHUNK = 20_000  # texts tokenised at once
@@ -42,7 +39,7 @@ def read_texts(path: str) -> Iterator[str]:
     if _has_text(path):
         yield from sources.read_text_source(path).texts
         return
-    for pair in sources.read_source(path).pairs:
+    for pair in (pair for source in sources.read_sources(path) for pair in source.pairs):
         yield from (pair.query, pair.document, *pair.negatives)
 
 
@@ -127,8 +124,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _has_text(path: str) -> bool:
     """Whether the first row has a "text". What cannot be read has none: the reader of pairs names the fault."""
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            row = json.loads(next((line for line in file if line.strip()), b"null"))
-    except (OSError, EOFError, zlib.error, ValueError):
+        _, row = next(iter(inputs.rows(path)), ("", None))
+    except UserError:
         return False
     return isinstance(row, dict) and "text" in row

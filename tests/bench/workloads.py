@@ -12,6 +12,7 @@ import moe_embed
 from moe_embed import config as config_lib
 from moe_embed import export, sharding
 from moe_embed.data import batches, sources
+from moe_embed.data import pairs as pairs_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model
 from moe_embed.model import encoder as encoder_lib
@@ -55,7 +56,7 @@ def write_model(size: Size, folder: pathlib.Path) -> None:
 
 
 @functools.cache
-def shipped_pairs(name: str) -> list[sources.Pair]:
+def shipped_pairs(name: str) -> list[pairs_lib.Pair]:
     """One of the shipped files of pairs, in an order of no meaning (they are sorted by language)."""
     pairs = sources.read_source(str(SAMPLE / "pairs" / f"{name}.jsonl.gz")).pairs
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
@@ -80,7 +81,7 @@ def train_config(size: Size, *, pairs: int, rows: int, row_length: int, texts_pe
     })  # fmt: skip
 
 
-def make_batch(c: config_lib.Config, pairs: Sequence[sources.Pair]) -> tuple[dict, list, list]:
+def make_batch(c: config_lib.Config, pairs: Sequence[pairs_lib.Pair]) -> tuple[dict, list, list]:
     """One packed batch of these pairs, and the token ids in it: of its queries, of its documents."""
     tokenizer = tokenizer_lib.read(SAMPLE / "tokenizer.model")
     arrays = batches.Batches([sources.Source("shipped", list(pairs), 0)], tokenizer, c, num_shards=1).batch_at(0).arrays
@@ -95,7 +96,7 @@ def make_batch(c: config_lib.Config, pairs: Sequence[sources.Pair]) -> tuple[dic
     return arrays, read(arrays["query_slot_N"]), read(arrays["document_slot_N"])
 
 
-def distinct(pairs: Sequence[sources.Pair], count: int) -> list[sources.Pair]:
+def distinct(pairs: Sequence[pairs_lib.Pair], count: int) -> list[pairs_lib.Pair]:
     """The first pairs no two of which share a text or an id: the loss then masks no candidate, and the peers need no masks."""
     seen, chosen = set(), []
     for pair in pairs:
@@ -108,8 +109,8 @@ def distinct(pairs: Sequence[sources.Pair], count: int) -> list[sources.Pair]:
     return chosen[:count]
 
 
-def long_pairs(size: Size) -> list[sources.Pair]:
+def long_pairs(size: Size) -> list[pairs_lib.Pair]:
     """Pairs whose texts both fill `length` tokens: shipped sections, end to end."""
     texts = [pair.document for pair in distinct(shipped_pairs("monolingual"), 40 * size.full_pairs)]
     joined = [" ".join(texts[i : i + 20]) for i in range(0, len(texts), 20)]
-    return [sources.Pair(query, document) for query, document in zip(joined[::2], joined[1::2], strict=True)]
+    return [pairs_lib.Pair(query, document) for query, document in zip(joined[::2], joined[1::2], strict=True)]

@@ -1,0 +1,93 @@
+"""Which pairs are not worth training on: too short, too long, symbols, other languages, copies, and parts of benchmarks."""
+
+import dataclasses
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from moe_embed.data.pairs import Pair
+
+# Words; of Chinese, Japanese, Korean (which write none) single characters.
+WORDS = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+")
+WORTH_SAYING = 5  # words: a benchmark's text of fewer is no evidence that a pair comes from it
+BUCKET = 2**25  # keys that are sorted at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a pair must be; each side by itself where it is about a text."""
+
+    min_characters: int = 1
+    max_characters: int = 1_000_000
+    max_symbols: float = 1.0  # share of a text's characters that are neither letters, digits nor blanks
+    languages: tuple[str, ...] = ()  # of the column "lang"; () is all
+    ngram: int = 13  # words in a row that a pair may not share with a benchmark's text (Brown et al., arXiv 2005.14165)
+
+
+def fault(pair: Pair, rules: Rules, benchmark: frozenset[int] = frozenset()) -> str:
+    """Why a pair is left out, in a word or two; "" for a good one."""
+    if rules.languages and pair.lang not in rules.languages:
+        return "other language"
+    texts = (pair.query, pair.document)
+    if min(map(len, texts)) < rules.min_characters:
+        return "too short"
+    if max(map(len, texts)) > rules.max_characters:
+        return "too long"
+    if rules.max_symbols < 1 and any(symbols(text) > rules.max_symbols for text in texts):
+        return "symbols"
+    if benchmark and any(not benchmark.isdisjoint(ngrams(text, rules.ngram)) for text in texts):
+        return "in a benchmark"
+    return ""
+
+
+def symbols(text: str) -> float:
+    """The share of a text's characters that are neither letters (with their marks), digits nor blanks."""
+    plain = sum(unicodedata.category(c)[0] in "LMNZ" or c.isspace() for c in text)
+    return 1 - plain / len(text)
+
+
+def ngrams(text: str, n: int) -> Iterator[int]:
+    """Hashes of the runs of n lower-cased words in a text; a shorter text is one run, if it is worth saying.
+
+    The hashes are those of this process.
+    """
+    words = WORDS.findall(text.lower())
+    if WORTH_SAYING <= len(words) <= n:
+        yield hash(" ".join(words))
+    else:
+        for start in range(len(words) - n + 1):
+            yield hash(" ".join(words[start : start + n]))
+
+
+def of_benchmarks(texts: Iterable[str], n: int) -> frozenset[int]:
+    """The runs of words of a benchmark's queries and judged documents, for `fault`."""
+    return frozenset(value for text in texts for value in ngrams(text, n))
+
+
+def key(pair: Pair) -> int:
+    """64 bits of a pair's two texts: what makes two rows copies of each other."""
+    digest = hashlib.blake2b(pair.query.encode() + b"\0" + pair.document.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def first_of_its_kind(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For uint64 keys in several files: bool, whether a key is the first of its value over all files in order.
+
+    Only BUCKET of them or so are in memory at once; the arrays may be memory maps.
+    """
+    total = sum(map(len, keys))
+    shift = np.uint64(64 - max(int(total // BUCKET).bit_length(), 1))
+    first = [np.zeros(len(array), bool) for array in keys]
+    for bucket in range(1 << (64 - int(shift))):
+        here = [np.flatnonzero(array >> shift == bucket) for array in keys]
+        values = np.concatenate([array[i] for array, i in zip(keys, here, strict=True)])
+        _, where = np.unique(values, return_index=True)
+        chosen = np.zeros(len(values), bool)
+        chosen[where] = True
+        ends = np.cumsum([len(i) for i in here])
+        for of_file, i, end in zip(first, here, ends, strict=True):
+            of_file[i] = chosen[end - len(i) : end]
+    return first

@@ -1,0 +1,264 @@
+"""The passes of `prepare`: inputs are read into spools, copies are found over all of them, and the rest goes to shards.
+
+A spool is an input's good pairs as they will stand in the shards, one after the other in a file, and an array of facts about
+each. A folder's report.json is written last and makes the pass done; a shard's is beside it in the work folder.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from array_record.python import array_record_module
+from etils import epath
+
+from moe_embed.config import UserError
+from moe_embed.data import hygiene, inputs, prepared
+from moe_embed.data import pairs as pairs_lib
+from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.data.hygiene import Rules
+from moe_embed.data.pairs import Pair
+from moe_embed.data.sources import read_task
+from moe_embed.data.tally import Tally
+
+FACTS = np.dtype([("key", "<u8"), ("bytes", "<u4"), ("lang", "<u2"), ("query", "<u4"), ("document", "<u4")])
+CHUNK = 4096  # pairs tokenised together
+BINS = 2 ** np.arange(4, 14)  # of the histogram of tokens: up to 16, 32, ... 8,192, and more
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides which pairs of an input are kept."""
+
+    query: str = "query"  # columns
+    document: str = "document"
+    lang: str = ""  # of rows without one
+    tokenizer: str = ""  # counts tokens
+    max_bad_fraction: float = 0.0
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    benchmarks: tuple[str, ...] = ()  # BEIR folders
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where every kept pair will stand: pieces in order, each some rows of one input."""
+
+    pieces: list[tuple[int, np.ndarray]]  # (input, its rows), a language of an input each
+    folders: list[pathlib.Path]
+    sources: list[dict]  # of the manifest: {"name", "languages": [[lang, count], ...]}
+    copies: list[int]  # dropped, by input
+
+    @property
+    def total(self) -> int:
+        """Pairs."""
+        return sum(len(rows) for _, rows in self.pieces)
+
+
+def check(settings: Settings) -> None:
+    """UserError, before any work, where the tokenizer or a benchmark cannot be read."""
+    tokenizer_lib.read(settings.tokenizer)
+    _benchmark(settings.benchmarks, settings.rules.ngram)
+
+
+def identity(name: str) -> dict:
+    """What tells an input from a changed one of the same name, without reading it."""
+    if name.startswith((inputs.TFDS, inputs.HUB)):
+        return {"name": name, "bytes": 0}
+    path = epath.Path(name)
+    files = sorted(p for p in path.glob("**/*") if p.is_file()) if path.is_dir() else [path]
+    stats = [file.stat() for file in files]
+    return {"name": name, "bytes": sum(s.length for s in stats), "changed": [int(s.mtime) for s in stats]}
+
+
+def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
+    """Read an input into its spool, unless that is done. UserError names the input, and the row where there is one."""
+    if (folder / "report.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    tally = Tally(name, max_bad_fraction=settings.max_bad_fraction)
+    langs, dropped, seen = {}, {}, 0
+    with open(folder / "records", "wb") as records, open(folder / "facts", "wb") as facts:
+        for pairs in _chunks(_pairs(name, tally, settings)):
+            kept = []
+            for pair in pairs:
+                seen += 1
+                fault = hygiene.fault(pair, settings.rules, _benchmark(settings.benchmarks, settings.rules.ngram))
+                if fault:
+                    dropped[fault] = dropped[fault] + 1 if fault in dropped else 1
+                else:
+                    kept.append(pair)
+            array = np.zeros(len(kept), FACTS)
+            array["query"], array["document"] = _lengths(kept, settings.tokenizer)
+            for fact, pair in zip(array, kept, strict=True):
+                record = prepared.to_bytes(pair)
+                records.write(record)
+                fact["key"], fact["bytes"] = hygiene.key(pair), len(record)
+                fact["lang"] = langs.setdefault(pair.lang, len(langs))
+            facts.write(array.tobytes())
+        for file in (records, facts):
+            file.flush()
+            os.fsync(file.fileno())
+    report = {"name": name, "rows": tally.good + tally.bad.total(), "pairs": seen, "bad": dict(tally.bad)}
+    report |= {"examples": tally.first, "dropped": dropped, "langs": list(langs), "digest": inputs.digest(name)}
+    write_json(folder / "report.json", report)
+
+
+def _pairs(name: str, tally: Tally, settings: Settings) -> Iterator[Pair]:
+    """The good pairs of an input, in order; of a BEIR folder the queries with their relevant documents."""
+    if epath.Path(name).is_dir() and not name.startswith((inputs.TFDS, inputs.HUB)):
+        task = read_task(name, split="train")
+        rows = ((f"{name}, {q}", Pair(task.queries[q], task.corpus[d], (), settings.lang, q))
+                for q, judged in task.relevance.items() for d, grade in judged.items()
+                if grade > 0 and d in task.corpus)  # fmt: skip
+        yield from tally.good_of(rows, lambda pair, place, number: pair)
+        return
+    make = functools.partial(pairs_lib.of_row, query=settings.query, document=settings.document)
+    for pairs in tally.good_of(inputs.rows(name), make):
+        for pair in pairs:
+            yield pair if pair.lang or not settings.lang else dataclasses.replace(pair, lang=settings.lang)
+
+
+def _chunks(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
+    chunk = []
+    for pair in pairs:
+        chunk.append(pair)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
+def _lengths(pairs: Sequence[Pair], tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
+    count = _tokenizer(tokenizer).count
+    return count([pair.query for pair in pairs]), count([pair.document for pair in pairs])
+
+
+@functools.cache
+def _tokenizer(path: str):
+    return tokenizer_lib.read(path)
+
+
+@functools.cache
+def _benchmark(folders: tuple[str, ...], ngram: int) -> frozenset[int]:
+    texts = []
+    for folder in folders:
+        splits = sorted(path.stem for path in (pathlib.Path(folder) / "qrels").glob("*.tsv"))
+        if not splits:
+            raise UserError(f"{folder} is not a BEIR folder: it has no qrels/*.tsv.")
+        for split in splits:
+            task = read_task(folder, split=split)
+            texts += task.queries.values()
+            texts += {task.corpus[d] for judged in task.relevance.values() for d in judged if d in task.corpus}
+    return hygiene.of_benchmarks(texts, ngram)
+
+
+def without_copies(folders: Sequence[pathlib.Path]) -> list[np.ndarray]:
+    """For each input bool [pairs]: those that are not a copy of an earlier pair, in this input or another."""
+    return hygiene.first_of_its_kind([_facts(folder)["key"] for folder in folders])
+
+
+def lay_out(names: Sequence[str], folders: Sequence[pathlib.Path], kept: Sequence[np.ndarray]) -> Layout:
+    """Input by input, and within one language by language. UserError for an input of which nothing is left."""
+    pieces, sources, copies = [], [], []
+    for number, (name, folder, keep) in enumerate(zip(names, folders, kept, strict=True)):
+        facts, langs = _facts(folder), report_of(folder)["langs"]
+        if not keep.any():
+            why = "all of its pairs are copies of earlier inputs'" if len(keep) else "the rules leave nothing"
+            raise UserError(f"{name}: {why}; leave it out, or relax them.")
+        order = sorted(range(len(langs)), key=lambda code: langs[code])
+        rows = [np.flatnonzero(keep & (facts["lang"] == code)) for code in order]
+        pieces += [(number, some) for some in rows if len(some)]
+        counts = [[langs[code], len(some)] for code, some in zip(order, rows, strict=True) if len(some)]
+        tokens = [_histogram(np.asarray(facts[side][keep])) for side in ("query", "document")]
+        sums = [int(facts[side][keep].sum(dtype=np.int64)) for side in ("query", "document")]
+        sources.append({"name": name, "languages": counts, "tokens": sums, "histogram": tokens})
+        copies.append(int((~keep).sum()))
+    return Layout(pieces, list(folders), sources, copies)
+
+
+def write_shard(output: pathlib.Path, work: pathlib.Path, layout: Layout, number: int, count: int) -> dict:
+    """Write shard `number` of `count`, unless that is done: {"file", "records", "bytes", "sha256"}."""
+    done = work / f"shard-{number:05d}.json"
+    path = output / prepared.shard_name(number, count)
+    if done.exists() and path.exists():
+        return json.loads(done.read_text())
+    first, last = (layout.total * i // count for i in (number, number + 1))
+    partial = path.with_name(path.name + ".partial")
+    writer = array_record_module.ArrayRecordWriter(str(partial), prepared.WRITER)
+    start = 0
+    for source, rows in layout.pieces:
+        some = rows[max(first - start, 0) : max(last - start, 0)]
+        start += len(rows)
+        if len(some):
+            for record in _records(layout.folders[source], some):
+                writer.write(record)
+    writer.close()
+    with open(partial, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    shard = {"file": path.name, "records": last - first, "bytes": path.stat().st_size, "sha256": sha256}
+    write_json(done, shard)
+    return shard
+
+
+def _records(folder: pathlib.Path, rows: np.ndarray) -> Iterator[bytes]:
+    """Some rows of a spool, in order."""
+    sizes = _facts(folder)["bytes"].astype(np.int64)
+    ends = np.cumsum(sizes)
+    data = np.memmap(folder / "records", np.uint8, "r")
+    for row in rows:
+        yield data[ends[row] - sizes[row] : ends[row]].tobytes()
+
+
+def write_tfds_metadata(output: pathlib.Path, shards: Sequence[dict]) -> None:
+    """What makes the folder a data set of TFDS, of one split."""
+    import tensorflow_datasets as tfds  # a second to import
+
+    text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
+    features = {name: text for name in ("query", "document", "lang", "id")}
+    features |= {"negatives": texts, "scores": tfds.features.Sequence(np.float32)}
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=output, dataset_name=prepared.NAME, split=prepared.SPLIT, filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name=prepared.SPLIT,
+        shard_lengths=[shard["records"] for shard in shards],
+        num_bytes=sum(shard["bytes"] for shard in shards),
+        filename_template=template,
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=output, features=tfds.features.FeaturesDict(features), split_infos=[split], check_data=False,
+        description="Pairs prepared by moe_embed; manifest.json says of what.",
+    )  # fmt: skip
+
+
+def reports(folders: Sequence[pathlib.Path]) -> list[dict]:
+    """What `fill` wrote down of each input."""
+    return [report_of(folder) for folder in folders]
+
+
+def report_of(folder: pathlib.Path) -> dict:
+    """What `fill` wrote down of one input."""
+    return json.loads((folder / "report.json").read_text("utf-8"))
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def _facts(folder: pathlib.Path) -> np.ndarray:
+    file = folder / "facts"
+    return np.memmap(file, FACTS, "r") if file.stat().st_size else np.zeros(0, FACTS)
+
+
+def _histogram(tokens: np.ndarray) -> list[int]:
+    """How many of `tokens` are at most each of BINS, and above the last."""
+    return np.bincount(np.searchsorted(BINS, tokens), minlength=len(BINS) + 1).tolist()

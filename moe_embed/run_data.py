@@ -1,0 +1,71 @@
+"""What a run reads: its tokenizer, sources, held-out pairs and dev tasks, opened together, with every fault said at once."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_embed import held_out
+from moe_embed.config import Config, UserError
+from moe_embed.data import batches as batches_lib
+from moe_embed.data import inputs
+from moe_embed.data import sources as sources_lib
+from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.data.mlm_batches import MlmBatches
+
+HELD_OUT_FROM = 2_000_000  # pairs at most that are read whole, to keep some of them out
+
+
+def open_data(config: Config, *, num_shards: int, tokenizer=None):
+    """Read the tokenizer (unless one is given), every source and every dev task, and choose the shapes of the batches.
+
+    Returns (config with what the data decides, Batches or MlmBatches, tokenizer, [Task], the held-out Task or None).
+    UserError names every file that is at fault, not only the first.
+    """
+    c, faults = config.data, []
+
+    def read(reader, *arguments, **keywords):
+        try:
+            return reader(*arguments, **keywords)
+        except UserError as error:
+            faults.extend(error.args)
+            return []
+
+    tokenizer = tokenizer or read(tokenizer_lib.read, c.tokenizer)
+    options = {"max_bad_fraction": c.max_bad_fraction}
+    if config.loss.objective == "mlm":
+        kind, reader, options = MlmBatches, sources_lib.read_text_sources, options | {"column": c.document}
+    else:
+        kind, reader = batches_lib.Batches, sources_lib.read_sources
+        options |= {"query": c.query, "document": c.document, "teacher": c.teacher}
+    named = [
+        [source for path in read(inputs.find, name) for source in read(reader, path, **options)] for name in c.sources
+    ]
+    tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
+    if faults:
+        raise UserError(*faults)
+    sources = [source for some in named for source in some]
+    for source in sources:
+        if source.left_out:
+            print(f"left out    {source.left_out}")
+    held = None
+    if c.held_out:
+        if sum(map(len, sources)) > HELD_OUT_FROM:
+            raise UserError(
+                f"config.data.held_out={c.held_out} reads all pairs into memory, and there are {sum(map(len, sources)):,}; "
+                "keep a file of pairs out yourself, set it to 0, and name a BEIR folder in config.data.dev."
+            )
+        sources, held = held_out.split(sources, share=c.held_out)
+    config = held_out.fit(config, num_pairs=sum(map(len, sources)))
+    weights = _weights(named, c.weights, smoothing=c.smoothing)
+    data = dataclasses.replace(config.data, sources=tuple(source.path for source in sources), weights=weights)
+    batches = kind(sources, tokenizer, dataclasses.replace(config, data=data), num_shards=num_shards)
+    return config, batches, tokenizer, tasks, held
+
+
+def _weights(named: list[list], weights: tuple[float, ...], *, smoothing: float) -> tuple[float, ...]:
+    """One weight a source; what a name stands for shares its weight by size."""
+    found: list[float] = []
+    for sources, weight in zip(named, weights, strict=False):  # () stays ()
+        size = np.array([len(source) for source in sources], np.float64) ** smoothing
+        found += (weight * size / size.sum()).tolist()
+    return tuple(found)

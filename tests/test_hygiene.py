@@ -1,0 +1,63 @@
+"""Rules for pairs by hand; copies against a set; runs of words against a loop."""
+
+import numpy as np
+import pytest
+
+from moe_embed.data import hygiene
+from moe_embed.data.hygiene import Rules
+from moe_embed.data.pairs import Pair
+
+
+@pytest.mark.parametrize(
+    ("pair", "rules", "fault"),
+    [
+        (Pair("q", "d", lang="de"), Rules(), ""),
+        (Pair("q", "d", lang="de"), Rules(languages=("en",)), "other language"),
+        (Pair("q", "d", lang="de"), Rules(languages=("en", "de")), ""),
+        (Pair("qq", "d"), Rules(min_characters=2), "too short"),
+        (Pair("qq", "ddd"), Rules(max_characters=2), "too long"),
+        (Pair("a", "{}[]();= x"), Rules(max_symbols=0.5), "symbols"),
+        (Pair("a", "für ½ हिन्दी 表 x."), Rules(max_symbols=0.2), ""),
+    ],
+)
+def test_rules(pair, rules, fault):
+    assert hygiene.fault(pair, rules) == fault
+
+
+def test_what_shares_thirteen_words_with_a_benchmark_is_left_out():
+    text = " ".join(f"w{i}" for i in range(40))
+    benchmark = hygiene.of_benchmarks([text, "what is the capital of France"], 13)
+    inside = lambda query, document: hygiene.fault(Pair(query, document), Rules(), benchmark)  # noqa: E731
+    assert inside("x", "before " + " ".join(f"W{i}," for i in range(20, 33)) + " after") == "in a benchmark"
+    assert inside("x", "before " + " ".join(f"w{i}" for i in range(20, 32)) + " after") == ""  # twelve
+    assert inside("What is the capital of France?", "Paris") == "in a benchmark"
+    assert inside("What is the capital of Spain?", "Madrid") == ""
+    assert hygiene.of_benchmarks(["a b c d"], 13) == frozenset()  # too short to say anything
+    words = [f"w{i}" for i in range(40)]
+    loop = {hash(" ".join(words[i : i + 13])) for i in range(28)}
+    assert set(hygiene.ngrams(text, 13)) == loop
+    assert len(list(hygiene.ngrams("余白を変更するには", 5))) == 5  # characters
+
+
+@pytest.mark.parametrize("bucket", [2**25, 7])
+def test_copies_against_a_set(monkeypatch, bucket):
+    monkeypatch.setattr(hygiene, "BUCKET", bucket)
+    rng = np.random.default_rng(0)
+    keys = [rng.choice(rng.integers(0, 2**64, 40, dtype=np.uint64), size) for size in (50, 0, 30, 20)]
+    seen, expected = set(), []
+    for array in keys:
+        expected.append([])
+        for value in array.tolist():
+            expected[-1].append(value not in seen)
+            seen.add(value)
+    found = hygiene.first_of_its_kind(keys)
+    assert [array.tolist() for array in found] == expected
+    keys[0][0] = keys[3][-1] = 5
+    assert [array.tolist() for array in hygiene.first_of_its_kind(keys)] != expected
+
+
+def test_a_pair_is_both_of_its_texts():
+    same = hygiene.key(Pair("a", "b"))
+    assert same == hygiene.key(Pair("a", "b", ("n",), "de", "7"))
+    assert same != hygiene.key(Pair("b", "a"))
+    assert hygiene.key(Pair("ab", "c")) != hygiene.key(Pair("a", "bc"))

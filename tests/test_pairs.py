@@ -1,0 +1,79 @@
+"""Rows to pairs: every kind of columns there is, and what each fault is counted as."""
+
+import json
+
+import pytest
+
+from moe_embed.data import pairs as pairs_lib
+from moe_embed.data.pairs import Pair
+from moe_embed.data.tables import BadRow
+
+
+def of(row, **columns) -> list[Pair]:
+    return pairs_lib.of_row(row, "f:7", 6, **{"query": "query", "document": "document"} | columns)
+
+
+def test_every_kind_of_columns():
+    expected = [Pair("q", "d", ("n",))]
+    assert of({"query": "q", "document": "d", "negatives": ["n"]}) == expected
+    assert of({"query": "q", "documents": ["d"], "negatives": ["n"]}) == expected
+    assert of({"query": "q", "pos": ["d"], "neg": ["n"]}) == expected
+    assert of({"anchor": "q", "positive": "d", "negative": "n"}) == expected
+    assert of({"title": "q", "body": "d", "negatives": ["n"]}, query="title", document="body") == expected
+    assert of({"title": "q", "body": "d"}, query="title", document="body") != expected
+    assert of({"query": "q", "documents": ["d", "e"]}) == [Pair("q", "d"), Pair("q", "e")]
+    assert of({"query": "q", "document": "d"})[0].row == 6
+
+
+def test_nomics_rows_name_their_columns_themselves():
+    paired = {"objective": {"self": [], "paired": [["title", "text"]], "triplet": []}}
+    assert of({"title": "q", "text": "d", "metadata": paired}) == [Pair("q", "d")]
+    triplet = {"objective": {"self": [], "paired": [], "triplet": [["query", "passage", "hard"]]}}
+    row = {"question": "x", "passage": "d", "hard": ["n", "m"], "metadata": triplet}
+    assert of({"query": "q", "document": "?", **row}) == [Pair("q", "?")]  # our names come first
+    triplet["objective"]["triplet"] = [["question", "passage", "hard"]]
+    assert of(row) == [Pair("x", "d", ("n", "m"))]
+    assert of(row | {"hard": "n"}) == [Pair("x", "d", ("n",))]
+    for objective in ({"paired": [["a", "b"], ["c", "d"]]}, {"paired": []}, {"triplet": [["a", "b"]]}, "paired", None):
+        with pytest.raises(BadRow, match="one pair or one triplet"):
+            of({"a": "x", "b": "y", "c": "z", "d": "w", "metadata": {"objective": objective}})
+    with pytest.raises(BadRow, match="no column 'text'"):
+        of({"title": "q", "metadata": paired})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (["q", "d"], "no object"),
+        ({"query": "q"}, "column missing"),
+        ({"query": "", "document": "d"}, "empty text"),
+        ({"query": " \u200b\ufeff\0", "document": "d"}, "empty text"),
+        ({"query": None, "document": "d"}, "no text"),
+        ({"query": float("nan"), "document": "d"}, "no text"),
+        ({"query": "a \ud800", "document": "d"}, "empty text"),
+        ({"query": "q", "documents": "d"}, "no list"),
+        ({"query": "q", "document": "d", "negatives": ["\u200b"]}, "negatives"),
+        ({"query": "q", "document": "d", "lang": []}, "lang"),
+        ({"query": "q", "document": "d", "scores": [1, 2]}, "scores"),
+    ],
+)
+def test_reasons(row, reason):
+    with pytest.raises(BadRow, match="f:7") as caught:
+        of(row)
+    assert caught.value.reason == reason
+
+
+def test_text_that_only_looks_odd_is_text():
+    for text in ("</s>", "a\0b", "\u200ba", "👍", "٣"):
+        assert of({"query": text, "document": "d"})[0].query == text
+
+
+def test_rows_keep_their_lines(tmp_path):
+    lines = ['{"query":  "q", "document": "d"}', '{"document": "e", "query": "r", "x": 1}']
+    (tmp_path / "a.jsonl").write_text(f"\n{lines[0]}\n\n{lines[1]}\n")
+    rows = list(pairs_lib.read_rows(str(tmp_path / "a.jsonl")))
+    assert [row.line for row in rows] == lines
+    assert rows[1].columns == json.loads(lines[1])
+    (tmp_path / "b.jsonl").write_text(lines[0] + "\n{}\n")
+    with pytest.raises(BadRow, match=r"b.jsonl:2"):
+        list(pairs_lib.read_rows(str(tmp_path / "b.jsonl")))

@@ -1,0 +1,157 @@
+"""The verb: from files to a folder that train reads, the same bytes each time, continued when stopped."""
+
+import gzip
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_embed import prepare
+from moe_embed.config import UserError
+from moe_embed.data import prepared, sources, spool
+
+SAMPLE = "moe_embed/sample/pairs"
+
+
+def write(path, count: int, start: int = 0) -> None:
+    rows = [
+        {"query": f"q{i}", "document": f"d{i}", "lang": "de" if i % 2 else "en"} for i in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def run(*arguments) -> None:
+    prepare.main([*map(str, arguments), "--processes=1"])
+
+
+def test_the_same_bytes_each_time_and_nothing_twice(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", 50)
+    write(tmp_path / "b.jsonl", 30, start=40)  # ten are in a too
+    for name in ("one", "two"):
+        run(f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/{name}", "--shard_size=30")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert not (tmp_path / "one" / prepare.WORK).exists()
+    pairs = [pair for source in sources.read_sources(str(tmp_path / "one")) for pair in source.pairs]
+    assert sorted(pair.query for pair in pairs) == sorted(f"q{i}" for i in range(70))
+    assert "copy of another 10" in capsys.readouterr().out
+    run(f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/one", "--shard_size=30")
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="other inputs or with other options"):
+        run(f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/one", "--shard_size=40")
+    write(tmp_path / "b.jsonl", 31, start=40)
+    run(f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/three", "--shard_size=30")
+    assert files(tmp_path / "one") != files(tmp_path / "three")
+
+
+def test_describe_verifies(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", 50)
+    run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out")
+    printed = capsys.readouterr().out
+    prepare.main([f"--describe={tmp_path}/out"])
+    assert capsys.readouterr().out in printed
+    shard = tmp_path / "out" / prepared.shard_name(0, 1)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="digest mismatch"):
+        prepare.main([f"--describe={tmp_path}/out"])
+    with pytest.raises(UserError, match="no prepared data set"):
+        prepare.main([f"--describe={tmp_path}"])
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", 50)
+    write(tmp_path / "b.jsonl", 30, start=100)
+    arguments = f"--input={tmp_path}/*.jsonl", "--shard_size=30"
+    run(*arguments, f"--output={tmp_path}/whole")
+    for stop_at in ("fill", "write_shard", "write_tfds_metadata"):
+        output = tmp_path / f"stopped-{stop_at}"
+        real, calls = getattr(spool, stop_at), []
+
+        def stop(*values, real=real, calls=calls):
+            calls.append(values)
+            if len(calls) == (1 if real.__name__ == "write_tfds_metadata" else 2):
+                raise KeyboardInterrupt
+            return real(*values)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(spool, stop_at, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(*arguments, f"--output={output}")
+        with pytest.raises(UserError, match="no prepared data set"):
+            prepared.read_manifest(output)
+        with pytest.raises(UserError, match="was begun from other inputs"):
+            run(f"--input={tmp_path}/a.jsonl", f"--output={output}")
+        run(*arguments, f"--output={output}")
+        assert files(output) == files(tmp_path / "whole")
+
+
+def test_killed_processes_leave_nothing_believed(tmp_path):
+    command = [sys.executable, "-m", "moe_embed.prepare", f"--input={SAMPLE}/*.jsonl.gz", f"--output={tmp_path}/out"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list((tmp_path / "out" / prepare.WORK).glob("input-*")) and job.poll() is None:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    with pytest.raises(UserError, match="no prepared data set"):
+        sources.read_sources(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--shard_size=0",), "must be 1 or more"),
+        (("--max_symbols=2",), "a number from 0 to 1"),
+        (("--decontaminate=nowhere",), "is not a BEIR folder"),
+        (("--tokenizer=nowhere",), "does not exist"),
+        (("--query=title",), "has no column 'title'"),
+        (("--languages=xx",), "the rules leave nothing"),
+    ],
+)
+def test_faults(tmp_path, arguments, words):
+    write(tmp_path / "a.jsonl", 5)
+    with pytest.raises(UserError, match=words):
+        run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out", *arguments)
+    assert not (tmp_path / "out" / prepared.MANIFEST).exists()
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path):
+    write(tmp_path / "a.jsonl", 5)
+    with pytest.raises(UserError, match="exists and is no prepared data set"):
+        run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}")
+
+
+def test_bad_rows_are_counted_in_the_card(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", 98)
+    with open(tmp_path / "a.jsonl", "ab") as file:
+        file.write(b'{"query": "\xff", "document": "d"}\n{"query": "q"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:99 is not UTF-8"):
+        run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out")
+    run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out2", "--max_bad_fraction=0.02")
+    said = capsys.readouterr().out
+    assert "not UTF-8 1" in said
+    assert "a.jsonl:99 is not UTF-8" in said
+    card = prepared.read_manifest(tmp_path / "out2")["card"]["inputs"][0]
+    assert card["rows"] == card["kept"] + sum(card["left_out"].values()) == 100
+    data = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(UserError, match=r"cut.jsonl.gz cannot be read on after"):
+        run(f"--input={tmp_path}/cut.jsonl.gz", f"--output={tmp_path}/out3")
+
+
+def test_decontaminated(tmp_path, capsys):
+    task = f"{SAMPLE}/../tasks/libreoffice-help-en"
+    rows = [json.loads(line) for line in pathlib.Path(task, "queries.jsonl").read_text("utf-8").splitlines()]
+    long = next(row["text"] for row in rows if len(row["text"].split()) >= 5)
+    lines = [{"query": long, "document": "d"}, {"query": "something else", "document": "e"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out", f"--decontaminate={task}")
+    assert "in a benchmark 1" in capsys.readouterr().out
+    (kept,) = sources.read_sources(str(tmp_path / "out"))[0].pairs
+    assert kept.query == "something else"

@@ -1,0 +1,72 @@
+"""What a run opens: names that stand for several sources, their weights, and what is left out."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from moe_embed import config as config_lib
+from moe_embed import prepare, run_data
+from moe_embed.config import UserError
+
+
+@pytest.fixture
+def config():
+    return config_lib.load("configs/demo.py:tiny", ["--config.data.batch_size=8", "--config.run.steps=40"])
+
+
+def write(path, count: int, lang: str = "de") -> str:
+    path.write_text("".join(json.dumps({"query": f"{path.stem} {i}", "document": f"d {path.stem} {i}", "lang": lang}) + "\n" for i in range(count)))  # fmt: skip
+    return str(path)
+
+
+def open_(config, num_shards=1, **data):
+    return run_data.open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, **{"dev": (), "weights": ()} | data)), num_shards=num_shards)[1]  # fmt: skip
+
+
+def test_a_prepared_folder_a_pattern_and_the_files_give_the_same_pairs(tmp_path, config):
+    for name, count in (("a", 40), ("b", 24)):
+        write(tmp_path / f"{name}.jsonl", count)
+    prepare.main([f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/out", "--processes=1"])
+    files = open_(config, sources=(f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"))
+    pattern = open_(config, sources=(f"{tmp_path}/*.jsonl",))
+    folder = open_(config, sources=(f"{tmp_path}/out",))
+    for other in (pattern, folder):
+        for step in (0, 7, 39):
+            expected, found = files.batch_at(step).arrays, other.batch_at(step).arrays
+            assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert files.fingerprint == pattern.fingerprint != folder.fingerprint
+    turned = open_(config, sources=(f"{tmp_path}/b.jsonl", f"{tmp_path}/a.jsonl"))
+    assert not np.array_equal(turned.batch_at(0).arrays["tokens_MBL"], files.batch_at(0).arrays["tokens_MBL"])
+
+
+def test_a_names_weight_is_shared_by_what_it_stands_for(tmp_path, config):
+    for name, count in (("a1", 60), ("a2", 20), ("b", 40)):
+        write(tmp_path / f"{name}.jsonl", count)
+    made = open_(config, sources=(f"{tmp_path}/a*.jsonl", f"{tmp_path}/b.jsonl"), weights=(0.8, 0.2))
+    np.testing.assert_allclose(made.c.weights, (0.6, 0.2, 0.2))
+    drawn = [made.batch_at(step).source.rsplit("/", 1)[-1] for step in range(40)]
+    assert {name: drawn.count(name) for name in set(drawn)} == {"a1.jsonl": 24, "a2.jsonl": 8, "b.jsonl": 8}
+
+
+def test_bad_rows_are_said(tmp_path, config, capsys):
+    path = write(tmp_path / "a.jsonl", 99)
+    with open(path, "a") as file:
+        file.write("{}\n")
+    with pytest.raises(UserError, match=r"a.jsonl:100"):
+        open_(config, sources=(path,))
+    open_(config, sources=(path,), max_bad_fraction=0.01)
+    assert "1 of 100 rows were left out (column missing: 1)" in capsys.readouterr().out
+
+
+def test_every_fault_at_once(tmp_path, config):
+    with pytest.raises(UserError) as caught:
+        open_(config, sources=(f"{tmp_path}/x.jsonl", f"{tmp_path}/*.csv"), tokenizer="nowhere")
+    assert len(caught.value.args) == 3
+
+
+def test_too_much_to_hold_out(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(run_data, "HELD_OUT_FROM", 10)
+    with pytest.raises(UserError, match="reads all pairs into memory, and there are 99"):
+        open_(config, sources=(write(tmp_path / "a.jsonl", 99),), held_out=0.1)
