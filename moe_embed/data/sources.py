@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from moe_embed.config import UserError
+from moe_embed.data import origin as origin_lib
 from moe_embed.data import tables
 
 GRADE = re.compile(r"-?[0-9]{1,9}")
 SIDES = ("query", "document")
 FLOAT_MAX = sys.float_info.max
-GROUPS = ("cqadupstack", "miracl")  # folders of tasks that count as one: BEIR's twelve forums, MIRACL's languages
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -84,6 +84,7 @@ class Task:
     corpus: dict[str, str]  # document id -> text, title first
     queries: dict[str, str]  # those with a judgement
     relevance: dict[str, dict[str, int]]  # query id -> document id -> grade
+    origin: origin_lib.Origin = dataclasses.field(default_factory=origin_lib.Origin)
 
 
 def read_source(path: str, *, query: str = "query", document: str = "document", teacher: str = "") -> Source:
@@ -196,9 +197,14 @@ def find_files(text: str) -> list[str]:
     return found
 
 
-def read_task(folder: str, *, split: str = "test") -> Task:
-    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv. UserError names file, line and fault."""
+def read_task(folder: str, *, split: str | None = None) -> Task:
+    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv. UserError names file, line and fault.
+
+    `split` None is the one that its task.json names (origin.py), else test.
+    """
     root = pathlib.Path(folder)
+    origin = origin_lib.of_folder(root)
+    split = origin.split if split is None else split
     qrels = root / "qrels" / f"{split}.tsv"
     for path in (root / "corpus.jsonl", root / "queries.jsonl", qrels):
         if not path.is_file():
@@ -223,9 +229,8 @@ def read_task(folder: str, *, split: str = "test") -> Task:
         if not is_text(texts[query_id]):
             raise UserError(f"{root / 'queries.jsonl'}: the query {query_id} is empty or no text.")
     corpus = {document_id: text for document_id, text in documents.items() if is_text(text)}  # BEIR has empty ones
-    group = root.resolve().parent.name
-    name = f"{group}/{root.name}" if group in GROUPS else root.name
-    return Task(name, corpus, {query_id: texts[query_id] for query_id in relevance}, relevance)
+    queries = {query_id: texts[query_id] for query_id in relevance}
+    return Task(origin.name, corpus, queries, relevance, dataclasses.replace(origin, split=split))
 
 
 def read_corpus(path: str | pathlib.Path) -> dict[str, str]:
