@@ -77,7 +77,9 @@ def _tasks(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, object]
         try:
             whole = list(mteb.get_benchmark(name).tasks)
         except KeyError as no_benchmark:
-            said = "; as a benchmark: ".join(str(error.args[0]) for error in (no_task, no_benchmark))
+            said = "; as a benchmark: ".join(
+                str(error.args[0]).removeprefix("KeyError: ") for error in (no_task, no_benchmark)
+            )
             raise UserError(f"mteb has no task and no benchmark {PREFIX}{name}: {said}") from no_task
     if whole is None:
         if fault := _unfit(task):

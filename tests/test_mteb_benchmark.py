@@ -105,4 +105,4 @@ def test_mteb_runs_it_once_and_has_the_same_means(monkeypatch, tmp_path, capsys)
     assert [path.name for path in sorted(tmp_path.rglob("LibreOfficeHelpEn.json"))] == ["LibreOfficeHelpEn.json"]
     monkeypatch.setattr(MtebModel, "encode", None)  # nothing is encoded a second time
     mteb_benchmark.main(arguments)
-    assert json.loads((tmp_path / "r.json").read_text()) == pytest.approx(found)
+    assert json.loads((tmp_path / "r.json").read_text())["tasks"] == pytest.approx(found["tasks"], abs=1e-5)
