@@ -4,33 +4,34 @@
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --dims=128,64 --output=r.json
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --baseline=bm25 --output=r.json
     python -m moe_embed.evaluate --compare=r.json,base.json
+    python -m moe_embed.evaluate --model=runs/demo --task=mteb:NanoBEIR,mteb:MIRACLRetrieval/de --output=r.json --mteb_results=DIR
+    python -m moe_embed.evaluate --model=runs/demo --task=A,B --output=steps.jsonl --watch
 
 Writes {"task": {"ndcg@10": ..., "interval": [low, high], "queries": {id: nDCG@10}}}: the interval is a bootstrap's, 95 %. With
 --dims a task also has "dims": {"64": {...}}, with --precisions "precisions": {"int8": {...}}; with --baseline
 {"moe_embed": {"task": ...}, "bm25": {"task": ...}}. --compare says which of two outputs is better, and how sure that is.
+Names after mteb: are fetched once (named_tasks.py; pip install -e ".[mteb]"). --watch measures every checkpoint of a run that
+another process trains, a row of the output each, until the run's last step; started again, it goes on.
 """
 
 import argparse
-import itertools
+import dataclasses
+import functools
 import json
-import logging
 import pathlib
-import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
-import bm25s
 import numpy as np
 
-from moe_embed import quantize, retrieval, significance, verb
+from moe_embed import bm25, mteb_results, named_tasks, quantize, retrieval, significance, verb
 from moe_embed.config import UserError
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
+from moe_embed.watch import watch
 
-LETTERS = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+|[^\W぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+")
-CJK = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]")
-SURPRISE = {"miracl/de", "miracl/yo"}  # MIRACL's last two languages: many papers report the mean of the other 16
-K1, B = 0.9, 0.4  # BM25 as BEIR and Anserini set it
+SURPRISE = ("/de", "/yo")  # MIRACL's last two languages: many papers report the mean of the other 16
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,16 +39,21 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m moe_embed.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a workdir, or a folder written by export")
-    parser.add_argument("--task", help="BEIR folders, separated by commas")
-    parser.add_argument("--output", type=pathlib.Path, help="a .json file")
+    parser.add_argument("--task", help="BEIR folders, or mteb:NAME of tasks and benchmarks, separated by commas")
+    parser.add_argument("--output", type=pathlib.Path, help="a .json file; with --watch a .jsonl file")
     parser.add_argument("--show", type=pathlib.Path, help="print the table of an earlier output instead")
-    parser.add_argument("--split", default="test", help="the qrels to use (default: test)")
+    parser.add_argument("--split", help="the qrels to use (default: test, of a named task its own)")
+    parser.add_argument(
+        "--downloads", default=named_tasks.FOLDER, help="where named tasks are kept (default: %(default)s)"
+    )
     parser.add_argument("--dims", default="", help="also with vectors cut to these lengths, separated by commas")
     parser.add_argument("--precisions", default="", help="also with vectors of int8, binary or both: int8,binary")
     parser.add_argument("--baseline", choices=("bm25",), help="also measure this, in the same table")
     parser.add_argument(
         "--runs", type=pathlib.Path, help="also write each task's ranking there: TASK.trec, TREC's run format"
     )
+    parser.add_argument("--mteb_results", type=pathlib.Path, help="also write mteb's TASK.json files there")
+    parser.add_argument("--watch", action="store_true", help="measure each checkpoint of the workdir as it comes")
     parser.add_argument("--compare", help="two earlier outputs, R.json,BASE.json: is the first better?")
     arguments = parser.parse_args(argv)
     if arguments.show:
@@ -62,21 +68,42 @@ def main(argv: Sequence[str]) -> None:
     if not (arguments.model and arguments.task and arguments.output):
         parser.error("give --model, --task and --output, or --show=R.json, or --compare=R.json,BASE.json")
     verb.check_output(arguments.output, "--output")
-    folders = [folder for folder in arguments.task.split(",") if folder]
-    if not folders:
-        raise UserError(f"--task={arguments.task} names no folder.")
-    tasks = [read_task(folder, split=arguments.split) for folder in folders]
-    if len({task.name for task in tasks}) < len(tasks):
-        raise UserError(f"--task={arguments.task} has two folders of one name; results go by the folder's name.")
+    others = {"--baseline": arguments.baseline, "--runs": arguments.runs, "--mteb_results": arguments.mteb_results}
+    if arguments.watch and (set_ := [flag for flag, value in others.items() if value]):
+        raise UserError(f"--watch measures steps, without {set_[0]}; evaluate the finished run with that.")
+    tasks = open_tasks(arguments.task, split=arguments.split, downloads=arguments.downloads)
     dims, precisions = _dims(arguments.dims), _precisions(arguments.precisions)
-    if arguments.runs:
-        arguments.runs.mkdir(parents=True, exist_ok=True)
-    found = evaluate(load(arguments.model), tasks, dims=dims, precisions=precisions, runs=arguments.runs)
+    of_model = functools.partial(evaluate, tasks=tasks, dims=dims, precisions=precisions, runs=arguments.runs)
+    if arguments.watch:
+        names = [task.name for task in tasks]
+        watch(pathlib.Path(arguments.model), arguments.output, lambda model: summary(of_model(model)), tasks=names)
+        return
+    for folder in filter(None, (arguments.runs, arguments.mteb_results)):
+        folder.mkdir(parents=True, exist_ok=True)
+    found = of_model(load(arguments.model))
     results = {"moe_embed": found}
     if arguments.baseline:
-        results["bm25"] = {task.name: measured(task, bm25(task)) for task in tasks}
+        results["bm25"] = {task.name: measured(task, bm25.rank(task)) for task in tasks}
     print(table(results))
-    arguments.output.write_text(json.dumps(results if arguments.baseline else results["moe_embed"], indent=1) + "\n")
+    arguments.output.write_text(json.dumps(results if arguments.baseline else found, indent=1) + "\n")
+    if arguments.mteb_results:
+        mteb_results.write(arguments.mteb_results, tasks, found)
+
+
+def open_tasks(text: str, *, split: str | None = None, downloads: str = named_tasks.FOLDER) -> list[Task]:
+    """The tasks of --task: folders, and names that are fetched to `downloads`. UserError for none, or two of one name."""
+    tasks = []
+    for part in named_tasks.parts(text):
+        if part.startswith(named_tasks.PREFIX):
+            found = named_tasks.find(part, folder=downloads, split=split)
+            tasks += [dataclasses.replace(read_task(str(folder)), name=name) for name, folder in found]
+        else:
+            tasks.append(read_task(part, split=split))
+    if not tasks:
+        raise UserError(f"--task={text} names no folder.")
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UserError(f"--task={text} has two tasks of one name; results go by a folder's name.")
+    return tasks
 
 
 def read_results(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
@@ -109,8 +136,8 @@ def evaluate(
     precisions: Sequence[str] = (),
     runs: pathlib.Path | None = None,
 ) -> dict[str, dict]:
-    """{task: `measured`[, "dims": {"64": {...}}][, "precisions": {"int8": {...}}]}; rankings go to the folder `runs`."""
-    results = {}
+    """{task: `measured`, "seconds"[, "dims": {"64": {...}}][, "precisions": {"int8": {...}}]}; rankings go to the folder `runs`."""
+    results, start = {}, time.perf_counter()
     encode = lambda texts, name: model.encode(texts, model.prompt(name), progress=sys.stderr.isatty())  # noqa: E731
     for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
         run = retrieval.run_of(task, query_ND, document_CD)
@@ -125,8 +152,18 @@ def evaluate(
                 name: of(small(query_ND, name), small(document_CD, name)) for name in precisions
             }
         if runs:
-            (runs / f"{task.name.replace('/', '-')}.trec").write_text("".join(trec_lines(run)), "utf-8")
+            (runs / f"{task.name.replace('/', '-')}.trec").write_text(
+                "".join(trec_lines(retrieval.counted(task, run))), "utf-8"
+            )
+        results[task.name]["seconds"], start = time.perf_counter() - start, time.perf_counter()
     return results
+
+
+def summary(figures: dict[str, dict]) -> dict:
+    """A row of --watch: means over the tasks as the table has them, seconds, and each task without its queries' figures."""
+    means = {metric: retrieval.mean_of(figures, list(figures), metric) for metric in retrieval.METRICS}
+    tasks = {name: {k: v for k, v in values.items() if k != "queries"} for name, values in figures.items()}
+    return means | {"seconds": sum(values["seconds"] for values in figures.values()), "tasks": tasks}
 
 
 def measured(task: Task, run: dict[str, dict[str, float]]) -> dict:
@@ -168,42 +205,6 @@ def comparison(first: dict, second: dict, *, names: Sequence[str]) -> str:
     return "\n".join([*lines, significance.verdict([a - b for a, b in pairs], names=names)])
 
 
-def bm25(task: Task) -> dict[str, dict[str, float]]:
-    """A BM25 run (k1 0.9, b 0.4): lower-cased words, Chinese, Japanese and Korean as character bigrams, no stemming."""
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
-    documents = list(task.corpus)
-    corpus = [words(text) for text in task.corpus.values()]
-    if not any(corpus):
-        return {query_id: {} for query_id in task.queries}
-    retriever = bm25s.BM25(k1=K1, b=B)
-    retriever.index(corpus, show_progress=False)
-    depth = min(retrieval.DEPTH, len(documents))
-    run = {}
-    for query_id, text in task.queries.items():
-        known = [word for word in words(text) if word in retriever.vocab_dict]
-        if not known:
-            run[query_id] = {}
-            continue
-        found, scores = retriever.retrieve([known], k=depth, show_progress=False)
-        run[query_id] = {documents[i]: float(s) for i, s in zip(found[0], scores[0], strict=True) if s > 0}
-    return run
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words; a run of CJK letters becomes its bigrams, alone a letter stays.
-
-    >>> words("Die Tabelle 表を挿入")
-    ['die', 'tabelle', '表を', 'を挿', '挿入']
-    """
-    found = []
-    for word in LETTERS.findall(text.lower()):
-        if CJK.match(word) and len(word) > 1:
-            found += [a + b for a, b in itertools.pairwise(word)]
-        else:
-            found.append(word)
-    return found
-
-
 def table(results: dict[str, dict[str, dict]]) -> str:
     """A table of percentages: a row a task, nDCG@10 and recall@10 for each system, and means by kind of task."""
     systems = list(results)
@@ -215,7 +216,9 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     def row(label: str, members: list[str]) -> str:
         cells = ""
         for system in systems:
-            ndcg, recall = (100 * mean_of(results[system], members, metric) for metric in ("ndcg@10", "recall@10"))
+            ndcg, recall = (
+                100 * retrieval.mean_of(results[system], members, metric) for metric in ("ndcg@10", "recall@10")
+            )
             cells += f"  {ndcg:7.1f} {recall:9.1f}"
         return label.ljust(width) + cells
 
@@ -223,8 +226,10 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     lines.append("-" * len(lines[1]))
     whole = {f"mean of {name.partition('/')[0]}": name.partition("/")[0] for name in names if "/" in name}
     lines += [row(title, [name for name in names if name.startswith(f"{label}/")]) for title, label in whole.items()]
-    if SURPRISE & set(names):
-        lines.append(row("without de and yo", [n for n in names if n.startswith("miracl/") and n not in SURPRISE]))
+    miracl = [name for name in names if name.lower().startswith("miracl") and "/" in name]
+    sixteen = [name for name in miracl if not name.endswith(SURPRISE)]
+    if 0 < len(sixteen) < len(miracl):
+        lines.append(row("without de and yo", sixteen))
     groups = {
         "mean monolingual": [name for name in names if not name.startswith("xling-")],
         "mean cross-lingual": [name for name in names if name.startswith("xling-")],
@@ -237,14 +242,6 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             for key in own[names[0]][kind]:
                 lines.append(f"  {key:>6}  {100 * np.mean([own[name][kind][key]['ndcg@10'] for name in names]):5.1f}")
     return "\n".join(lines)
-
-
-def mean_of(figures: dict[str, dict], names: Sequence[str], metric: str) -> float:
-    """The mean over tasks, in which the parts of one ("cqadupstack/android", ...) together count once, as BEIR has it."""
-    parts: dict[str, list[float]] = {}
-    for name in names:
-        parts.setdefault(name.partition("/")[0], []).append(figures[name][metric])
-    return float(np.mean([np.mean(values) for values in parts.values()]))
 
 
 def _dims(text: str) -> list[int]:

@@ -136,16 +136,17 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
         yield members, {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}, packed
 
 
-def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None) -> Model:
+def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None, step: int | None = None) -> Model:
     """Open a workdir or a Hugging Face folder, on `mesh` (by default all devices, batch over data).
 
-    Raises UserError when there is no model at `path`, or no checkpoint of it verifies.
+    `step` is a checkpoint of a workdir, None the newest that verifies. Raises UserError when there is no model at `path`,
+    no checkpoint of it verifies, or not this one.
     """
     root = pathlib.Path(path)
     mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
     if (root / DESCRIPTION).is_file():
-        return _load_workdir(root, mesh)
-    if (root / "config.json").is_file():
+        return _load_workdir(root, mesh, step)
+    if (root / "config.json").is_file() and step is None:
         return of_folder(hf_folder.read_folder(root), mesh=mesh, origin=str(root))
     raise UserError(
         f"{root} holds no model: neither a workdir ({DESCRIPTION}) nor a Hugging Face folder (config.json)."
@@ -170,9 +171,12 @@ class Description:
     init_from: str | None = None  # the model a run began with; None: fresh parameters
 
 
-def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh) -> Model:
+def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh, step: int | None) -> Model:
     d = read_description(root)
-    step = checkpoint.newest_verified(root / "checkpoints", say=print)
+    if step is None:
+        step = checkpoint.newest_verified(root / "checkpoints", say=print)
+    elif fault := checkpoint.problem(root / "checkpoints", step):
+        raise UserError(f"step {step} of {root} does not verify: {fault}.")
     if step is None:
         raise UserError(f"{root} has no checkpoint yet; train it first: python -m moe_embed.train --workdir={root} ...")
     init = lambda: encoder_lib.init(d.encoder, d.moe, key=jax.random.key(0), with_head=d.with_head)  # noqa: E731

@@ -1,7 +1,7 @@
 """Exact search and the published metrics: what train, embed and evaluate measure with."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +136,13 @@ def run_of(task: Task, query_ND: np.ndarray, document_CD: np.ndarray) -> dict[st
     }
 
 
+def counted(task: Task, run: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """A run without the documents of a query's own id, where the task's data say that they do not count."""
+    if not task.origin.ignore_identical_ids:
+        return run
+    return {query_id: {c: score for c, score in found.items() if c != query_id} for query_id, found in run.items()}
+
+
 def measure(task: Task, run: dict[str, dict[str, float]]) -> dict[str, float]:
     """nDCG@10, recall@10 and MRR@10 of a run, means over the task's queries, in [0, 1]."""
     return {name: float(np.mean(values)) for name, values in measure_queries(task, run).items()}
@@ -145,6 +152,7 @@ def measure_queries(task: Task, run: dict[str, dict[str, float]]) -> dict[str, n
     """`measure` before the mean: a value for each query of the task, in its order, by trec_eval's own code."""
     evaluator = pytrec_eval.RelevanceEvaluator(task.relevance, {"ndcg_cut.10", "recall.10"})
     reciprocal = pytrec_eval.RelevanceEvaluator(task.relevance, {"recip_rank"})
+    run = counted(task, run)
     run = {query_id: run[query_id] if query_id in run else {} for query_id in task.queries}  # nothing found counts as 0
     by_rank = lambda item: (item[1], item[0])  # noqa: E731 - trec_eval breaks ties by document id, descending
     cut = {query_id: dict(sorted(found.items(), key=by_rank, reverse=True)[:10]) for query_id, found in run.items()}
@@ -154,3 +162,11 @@ def measure_queries(task: Task, run: dict[str, dict[str, float]]) -> dict[str, n
     return {
         name: np.array([per_query[q][key] for q in task.queries if q in per_query]) for name, key in METRICS.items()
     }
+
+
+def mean_of(figures: dict[str, dict], names: Sequence[str], metric: str) -> float:
+    """The mean over tasks, in which the parts of one ("cqadupstack/android", ...) together count once, as BEIR has it."""
+    parts: dict[str, list[float]] = {}
+    for name in names:
+        parts.setdefault(name.partition("/")[0], []).append(figures[name][metric])
+    return float(np.mean([np.mean(values) for values in parts.values()]))

@@ -1,5 +1,6 @@
-"""Words, a ten-line BM25, the table, and metrics of a stand-in model whose vectors are known."""
+"""The table, comparisons, and metrics of a stand-in model whose vectors are known."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 
 from moe_embed import evaluate, retrieval
 from moe_embed.config import UserError
+from moe_embed.data.origin import Origin
 from moe_embed.data.sources import Task
 
 TASKS = pathlib.Path(evaluate.__file__).parent / "sample" / "tasks"
@@ -21,66 +23,6 @@ QUERIES = {"a": "the table", "b": "page page insert", "c": "表の挿入", "d": 
 
 def task(queries=QUERIES, corpus=CORPUS, name="t", relevant="d1") -> Task:
     return Task(name, corpus, queries, {query: {relevant: 1} for query in queries})
-
-
-def by_loop(queries: dict, corpus: dict, *, k1=0.9, b=0.4) -> dict:
-    """BM25 with Lucene's idf (Kamphuis et al., ECIR 2020)."""
-    documents = {name: evaluate.words(text) for name, text in corpus.items()}
-    mean = sum(map(len, documents.values())) / len(documents)
-    run = {}
-    for query, text in queries.items():
-        scores = dict.fromkeys(documents, 0.0)
-        for word in evaluate.words(text):
-            df = sum(word in document for document in documents.values())
-            for name, document in documents.items():
-                tf = document.count(word)
-                idf = math.log(1 + (len(documents) - df + 0.5) / (df + 0.5))
-                scores[name] += idf * tf / (tf + k1 * (1 - b + b * len(document) / mean))
-        run[query] = {name: score for name, score in scores.items() if score > 0}
-    return run
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Hello, WORLD! it's 3.5", ["hello", "world", "it", "s", "3", "5"]),
-        ("Straße_1 Ärger", ["straße_1", "ärger"]),
-        ("как Изменить", ["как", "изменить"]),
-        ("表", ["表"]),
-        ("表を挿入", ["表を", "を挿", "挿入"]),
-        ("Excelの表", ["excel", "の表"]),
-        ("여백을 바꿔", ["여백", "백을", "바꿔"]),
-        ("", []),
-        (" ... ", []),
-    ],
-)
-def test_words(text, expected):
-    assert evaluate.words(text) == expected
-
-
-def test_bm25_against_a_loop():
-    run, expected = evaluate.bm25(task()), by_loop(QUERIES, CORPUS)
-    assert run.keys() == expected.keys()
-    for query in QUERIES:
-        assert expected[query]
-        assert run[query] == {name: pytest.approx(score, rel=1e-5) for name, score in expected[query].items()}
-    for other in (by_loop(QUERIES, CORPUS, k1=1.2), by_loop(QUERIES, CORPUS, b=0.75)):
-        assert run["a"] != {name: pytest.approx(score, rel=1e-5) for name, score in other["a"].items()}
-
-
-def test_bm25_keeps_the_first_hundred(monkeypatch):
-    monkeypatch.setattr(retrieval, "DEPTH", 1)
-    expected = by_loop(QUERIES, CORPUS)
-    assert {query: list(found) for query, found in evaluate.bm25(task()).items()} == {
-        query: [max(scores, key=scores.get)] for query, scores in expected.items()
-    }
-
-
-@pytest.mark.parametrize("relevant", list(CORPUS))
-def test_a_query_of_unknown_words_scores_nothing_whatever_is_relevant(relevant):
-    queries = {"x": "zzz qqq", "y": "..."}
-    some = task(queries, relevant=relevant)
-    assert retrieval.measure(some, evaluate.bm25(some)) == {"ndcg@10": 0.0, "recall@10": 0.0, "mrr@10": 0.0}
 
 
 def figures(ndcg: float, recall: float) -> dict:
@@ -159,13 +101,21 @@ def test_the_verb_writes_json_and_names_its_faults(tmp_path, monkeypatch, capsys
     evaluate.main([*arguments, "--dims=8", "--baseline=bm25"])
     results = json.loads(output.read_text())
     assert list(results) == ["moe_embed", "bm25"]
-    assert results["moe_embed"][name].keys() == {"ndcg@10", "recall@10", "mrr@10", "interval", "queries", "dims"}
+    assert results["moe_embed"][name].keys() == {
+        "ndcg@10",
+        "recall@10",
+        "mrr@10",
+        "interval",
+        "queries",
+        "seconds",
+        "dims",
+    }
     assert 0 <= results["moe_embed"][name]["dims"]["8"]["ndcg@10"] < results["bm25"][name]["ndcg@10"] <= 1
     assert name in capsys.readouterr().out
     evaluate.main(arguments)
     assert list(json.loads(output.read_text())) == [name]
     for fault, words in (("--dims=a", "--dims=a"), ("--dims=0", "--dims=0"), ("--dims=13", "13 numbers; .* have 12"),
-                         ("--split=dev", "dev"), ("--output=no/r.json", "no/r"), ("--task=x", "x")):  # fmt: skip
+                         ("--split=dev", "dev"), ("--output=no/r.json", "no/r"), ("--task=x", "x"), ("--task=,", "names no folder")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             evaluate.main([*arguments, fault])
 
@@ -246,7 +196,7 @@ def test_the_forums_of_cqadupstack_count_as_one_task(tmp_path):
     tasks = [evaluate.read_task(str(folder)) for folder in folders]
     assert [task.name for task in tasks] == ["cqadupstack/android", "cqadupstack/english", "scifact"]
     values = {task.name: figures(ndcg, 0.0) for task, ndcg in zip(tasks, (0.1, 0.3, 0.8), strict=True)}
-    assert evaluate.mean_of(values, list(values), "ndcg@10") == pytest.approx(0.5)  # not 0.4
+    assert retrieval.mean_of(values, list(values), "ndcg@10") == pytest.approx(0.5)  # not 0.4
     text = evaluate.table({"moe_embed": values})
     cells = {line[:20].strip(): line[20:].split()[0] for line in text.splitlines() if line[20:].split()}
     assert (cells["mean of cqadupstack"], cells["mean monolingual"]) == ("20.0", "50.0")
@@ -262,3 +212,64 @@ def test_miracl_has_both_of_its_means():
     cells = {line[:20].strip(): line[20:].split()[0] for line in text.splitlines() if line[20:].split()}
     assert (cells["mean of miracl"], cells["without de and yo"]) == ("30.0", "50.0")
     assert "without" not in evaluate.table({"moe_embed": dict(list(values.items())[:2])})
+    named = {name.replace("miracl", "MIRACLRetrieval"): value for name, value in values.items()}
+    (line,) = [
+        line for line in evaluate.table({"moe_embed": named}).splitlines() if line.startswith("without de and yo")
+    ]
+    assert line.split()[4] == "50.0"
+
+
+def test_named_tasks_are_found_and_keep_the_name_they_were_asked_by(monkeypatch):
+    folder = TASKS / "libreoffice-help-de"
+    asked = []
+
+    def find(text, *, folder, split):
+        asked.append((text, folder, split))
+        return [("BEIRish/de", TASKS / "libreoffice-help-de"), ("BEIRish/en", TASKS / "libreoffice-help-en")]
+
+    monkeypatch.setattr(evaluate.named_tasks, "find", find)
+    tasks = evaluate.open_tasks(f"mteb:BEIR(ish, v2),{folder}", downloads="there")
+    assert [task.name for task in tasks] == ["BEIRish/de", "BEIRish/en", "libreoffice-help-de"]
+    assert asked == [("mteb:BEIR(ish, v2)", "there", None)]
+    assert tasks[0].corpus == tasks[2].corpus != tasks[1].corpus
+    with pytest.raises(UserError, match="two tasks of one name"):
+        evaluate.open_tasks(f"{folder},{folder}")
+
+
+def test_a_query_that_stands_in_the_corpus_is_not_its_own_answer(tmp_path):
+    corpus, queries = {"a": "first", "b": "second", "c": "third"}, {"a": "first"}
+    alone = Origin(ignore_identical_ids=True)
+    plain = Task("t", corpus, queries, {"a": {"b": 1}})
+    run = {"a": {"a": 1.0, "b": 0.5, "c": 0.1}}
+    assert evaluate.measured(plain, run)["ndcg@10"] == pytest.approx(1 / math.log2(3))
+    assert evaluate.measured(dataclasses.replace(plain, origin=alone), run)["ndcg@10"] == 1.0
+    evaluate.evaluate(stand_in(), [dataclasses.replace(plain, origin=alone)], runs=tmp_path)
+    assert " a " not in (tmp_path / "t.trec").read_text().replace("a Q0", "Q0")
+
+
+def test_mteb_results_are_written_and_watch_refuses_what_it_does_not_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda path: stand_in())
+    arguments = ["--model=m", f"--task={TASKS / 'libreoffice-help-de'}", f"--output={tmp_path / 'r.json'}"]
+    evaluate.main([*arguments, f"--mteb_results={tmp_path / 'results'}"])
+    written = json.loads((tmp_path / "results" / "libreoffice-help-de.json").read_text())
+    found = json.loads((tmp_path / "r.json").read_text())["libreoffice-help-de"]
+    assert written["scores"]["test"][0]["main_score"] == found["ndcg@10"]
+    for flag in ("--baseline=bm25", f"--runs={tmp_path}", f"--mteb_results={tmp_path}"):
+        with pytest.raises(UserError, match=f"--watch measures steps, without {flag.partition('=')[0]}"):
+            evaluate.main([*arguments, "--watch", flag])
+
+
+def test_watch_is_given_a_row_of_means(tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        evaluate, "watch", lambda root, output, measure, *, tasks: rows.append((measure(stand_in()), tasks))
+    )
+    names = ["libreoffice-help-de", "libreoffice-help-en"]
+    tasks = ",".join(str(TASKS / name) for name in names)
+    evaluate.main(["--model=m", f"--task={tasks}", f"--output={tmp_path / 'r.jsonl'}", "--watch", "--dims=8"])
+    ((row, found),) = rows
+    assert found == names == list(row["tasks"])
+    assert row["ndcg@10"] == pytest.approx(np.mean([row["tasks"][name]["ndcg@10"] for name in names]))
+    assert row["seconds"] > 0
+    assert "queries" not in row["tasks"][names[0]]
+    assert "8" in row["tasks"][names[0]]["dims"]

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from moe_embed import checkpoint, sharding
 from moe_embed import config as config_lib
 from moe_embed import load as load_function
-from moe_embed import sharding
 from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import SPARE, Model, _rows, load, save
+from moe_embed.load import SPARE, Model, _rows, load, save, write_description
 from moe_embed.model import encoder
 
 TEXTS = [
@@ -124,3 +124,20 @@ def test_refusals(model, arguments, words):
 def test_no_model_no_checkpoint(tmp_path):
     with pytest.raises(config_lib.UserError, match="holds no model"):
         load(tmp_path)
+
+
+def test_a_step_of_a_workdir_can_be_chosen(tmp_path):
+    c = config_lib.load("configs/demo.py:tiny")
+    params = jax.tree.map(np.asarray, encoder.init(c.encoder, c.moe, key=jax.random.key(0)))
+    write_description(tmp_path, c, tokenizer_lib.read(c.data.tokenizer), prompts={})
+    for step in (1, 2):
+        state = {"step": step, "params": jax.tree.map(lambda x, step=step: x * step, params)}
+        checkpoint.save(tmp_path / "checkpoints", state, facts={}, keep=9)
+    found = [jax.tree.leaves(jax.tree.map(np.asarray, load(tmp_path, step=step).params)) for step in (1, 2, None)]
+    assert all(map(np.array_equal, found[0], jax.tree.leaves(params)))
+    assert all(map(np.array_equal, found[1], found[2]))
+    assert not all(map(np.array_equal, found[0], found[1]))
+    (tmp_path / "checkpoints" / "1" / checkpoint.MANIFEST).unlink()
+    for step, words in ((1, "step 1 of .* does not verify: .*the save did not finish"), (3, "step 3 of")):
+        with pytest.raises(UserError, match=words):
+            load(tmp_path, step=step)

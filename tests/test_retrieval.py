@@ -1,5 +1,6 @@
 """Exact search against numpy's argsort, and the metrics against their definitions by hand."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from moe_embed import config as config_lib
 from moe_embed import retrieval, sharding
+from moe_embed.data.origin import Origin
 from moe_embed.data.sources import Task
 
 
@@ -194,3 +196,13 @@ def test_nothing_to_search_with_and_nothing_to_find():
     empty, some = np.zeros((0, 3), np.float32), np.ones((2, 3), np.float32)
     assert retrieval.top_k(empty, some, k=5)[1].shape == (0, 2)
     assert retrieval.top_k(some, empty, k=5)[1].shape == (2, 0)
+
+
+def test_a_document_of_the_querys_own_id_does_not_count_where_the_data_say_so():
+    run = {"a": {"a": 1.0, "b": 0.5}, "b": {"a": 0.1}}
+    plain = Task("t", {"a": "x", "b": "y"}, {"a": "x", "b": "y"}, {"a": {"b": 1}, "b": {"a": 1}})
+    alone = dataclasses.replace(plain, origin=Origin(ignore_identical_ids=True))
+    assert retrieval.counted(plain, run) == run
+    assert retrieval.counted(alone, run) == {"a": {"b": 0.5}, "b": {"a": 0.1}}
+    assert list(retrieval.measure_queries(alone, run)["mrr@10"]) == [1.0, 1.0]
+    assert list(retrieval.measure_queries(plain, run)["mrr@10"]) == [0.5, 1.0]

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_embed.config import UserError
 from moe_embed.data import inputs, mixture, prepared, tables
+from moe_embed.data import origin as origin_lib
 from moe_embed.data import pairs as pairs_lib
 from moe_embed.data.pairs import Pair
 from moe_embed.data.tables import BadRow, is_text
@@ -20,7 +21,6 @@ from moe_embed.data.tally import Tally
 
 GRADE = re.compile(r"-?[0-9]{1,9}")
 SIDES = ("query", "document")
-GROUPS = ("cqadupstack", "miracl")  # folders of tasks that count as one: BEIR's twelve forums, MIRACL's languages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Task:
     corpus: dict[str, str]  # document id -> text, title first
     queries: dict[str, str]  # those with a judgement
     relevance: dict[str, dict[str, int]]  # query id -> document id -> grade
+    origin: origin_lib.Origin = dataclasses.field(default_factory=origin_lib.Origin)
 
 
 def read_sources(path: str, **options) -> list[Source]:
@@ -140,9 +141,14 @@ def write_lines(path: pathlib.Path, lines: Iterable[str]) -> None:
     partial.replace(path)
 
 
-def read_task(folder: str, *, split: str = "test") -> Task:
-    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv. UserError names file, line and fault."""
+def read_task(folder: str, *, split: str | None = None) -> Task:
+    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv. UserError names file, line and fault.
+
+    `split` None is the one that its task.json names (origin.py), else test.
+    """
     root = pathlib.Path(folder)
+    origin = origin_lib.of_folder(root)
+    split = origin.split if split is None else split
     qrels = root / "qrels" / f"{split}.tsv"
     for path in (root / "corpus.jsonl", root / "queries.jsonl", qrels):
         if not path.is_file():
@@ -167,9 +173,8 @@ def read_task(folder: str, *, split: str = "test") -> Task:
         if not is_text(texts[query_id]):
             raise UserError(f"{root / 'queries.jsonl'}: the query {query_id} is empty or no text.")
     corpus = {document_id: text for document_id, text in documents.items() if is_text(text)}  # BEIR has empty ones
-    group = root.resolve().parent.name
-    name = f"{group}/{root.name}" if group in GROUPS else root.name
-    return Task(name, corpus, {query_id: texts[query_id] for query_id in relevance}, relevance)
+    queries = {query_id: texts[query_id] for query_id in relevance}
+    return Task(origin.name, corpus, queries, relevance, dataclasses.replace(origin, split=split))
 
 
 def read_corpus(path: str | pathlib.Path) -> dict[str, str]:
