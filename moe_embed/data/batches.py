@@ -1,8 +1,8 @@
 """Pairs to packed rows [M, B, L]: tokenise, pack each device's own texts, number the micro-batches.
 
 A row holds several texts with segment ids from 1 and positions from 0; attention and pooling stay inside a segment, so a
-text's embedding does not depend on where it is packed. M is the smallest of at most three sizes that holds the fullest
-device: three shapes to compile. Unused rows are empty; nothing spills into another step, nothing is cut beyond the caps.
+text's embedding does not depend on where it is packed. M is the smallest of a few sizes (sizes.py) that holds the fullest
+device: as many shapes to compile. Unused rows are empty; nothing spills into another step, nothing is cut beyond the caps.
 """
 
 import collections
@@ -16,11 +16,13 @@ import numpy as np
 
 from moe_embed import config as config_lib
 from moe_embed.data import mixture as mixture_lib
+from moe_embed.data import sizes
 from moe_embed.data.pairs import Pair
 from moe_embed.data.sources import Source
 from moe_embed.data.tokenizer import PAD, Tokenizer
 
-SAMPLE = 64  # batches packed beforehand to choose the sizes of M
+SAMPLE = 16_384  # pairs whose lengths are looked at beforehand, to choose the sizes of M
+DRAWS = 16  # batches of a group, drawn of those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,20 +252,36 @@ class Batches:
         return ids, pack(lengths, row_length=self.c.row_length, texts_per_row=self.c.texts_per_row)
 
     def _choose_sizes(self, steps: int) -> tuple[int, ...]:
-        """Two sizes that waste least on a sample of the run's steps, and the one that no batch can exceed."""
-        sample = []
-        for step in np.unique(np.linspace(0, steps - 1, SAMPLE).astype(int)):
-            _, _, queries, documents, *_ = self._texts(int(step))
-            rows = max(self._pack_shard(ids)[1].num_rows for ids in self._shards(queries, documents))
-            sample.append(-(-rows // self.c.rows))
+        """The counts of micro-batches, from the lengths of a sample of each group's pairs and batches drawn of them."""
+        c, n = self.c, self.c.batch_size // self.num_shards
+        drawn = np.bincount(self.mixture.group_of_step, minlength=len(self.groups)) / steps
+        needed, weight = [], []
+        for group, share in zip(self.groups, drawn, strict=True):
+            if not share:
+                continue
+            rng = np.random.default_rng((self.mixture.seed, 2, group.source))
+            places = np.unique(rng.integers(0, len(group.members), max(SAMPLE // len(self.groups), 64)))
+            texts_of = self._lengths(self.sources[group.source].take(group.members[places]))
+            tokens_of = np.array([sum(lengths) for lengths in texts_of])
+            some = rng.integers(0, len(places), n)
+            lengths = list(itertools.chain.from_iterable(texts_of[i] for i in some))
+            rows = pack(lengths, row_length=c.row_length, texts_per_row=c.texts_per_row).num_rows
+            tokens = tokens_of[rng.integers(0, len(places), (DRAWS, self.num_shards, n))].sum(-1).max(-1)
+            micro = np.ceil(tokens * rows / sum(lengths) / c.rows).astype(int)
+            needed += [*micro, micro.max() + 1]  # the fullest of a run is a little fuller than the fullest of a few
+            weight += [*[share] * DRAWS, share / DRAWS]
         # A row that refuses a text of at most `cap` tokens already holds row_length // cap texts, or texts_per_row.
-        cap = max(self.c.query_length, self.c.document_length)
-        texts = self.c.batch_size // self.num_shards * (2 + self.c.num_negatives)
-        worst = -(-texts // min(self.c.row_length // cap, self.c.texts_per_row))
-        worst = max(max(sample), -(-worst // self.c.rows))
+        cap = max(c.query_length, c.document_length)
+        worst = -(-n * (2 + c.num_negatives) // min(c.row_length // cap, c.texts_per_row))
+        return sizes.choose(needed, weight, worst=-(-worst // c.rows))
 
-        def padded(sizes: tuple[int, int]) -> int:
-            return sum(min(size for size in (*sizes, worst) if size >= needed) for needed in sample)
-
-        best = min(itertools.combinations_with_replacement(sorted(set(sample)), 2), key=padded)
-        return tuple(sorted({*best, worst}))
+    def _lengths(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """The tokens of each text of each pair, as they will be packed."""
+        c = self.c
+        queries = self.tokenizer.count([c.query_prompt + pair.query for pair in pairs])
+        texts = [(pair.document, *pair.negatives[: c.num_negatives]) for pair in pairs]
+        found = iter(self.tokenizer.count([c.document_prompt + text for of_pair in texts for text in of_pair]))
+        return [
+            [min(int(query), c.query_length), *(min(int(next(found)), c.document_length) for _ in of_pair)]
+            for query, of_pair in zip(queries, texts, strict=True)
+        ]
