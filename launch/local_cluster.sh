@@ -42,6 +42,7 @@ for ((i = 0; i < count; i++)); do
     pids+=($!)
 done
 stop() { for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done; }
+# shellcheck disable=SC2329 # called by the trap
 interrupted() {
     stop INT
     for _ in {1..30}; do
