@@ -6,7 +6,8 @@
 # --dry-run prints every command and runs none. Said again, it finds the TPU and the run, and goes on following; Ctrl-C only stops that.
 # Tracked files go to the hosts as they are here. W must be one folder for all hosts. Exit status: the run's, 2 for a wrong argument.
 # 75, 76 and signals start the run again on the same TPU (launch/supervise.sh), at most RESTARTS (10) times; it continues by itself.
-# POLL=30: seconds between two looks at the state of the TPU.
+# POLL=30: seconds between two looks at the state of the TPU. SETTLE=160: seconds for the other hosts to end when the first has, or be stopped:
+# a minute longer than jax needs to miss a killed process.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$here/launch/supervise.sh"
@@ -157,7 +158,7 @@ follow() { # until the run ends or the line breaks
     done < <(worker 0 "follow $1" 2> "$scratch/why")
 }
 
-settle() { # all hosts have ended: `said` has their lines. A minute longer than jax needs to miss a killed one, then they are stopped
+settle() { # all hosts have ended, and `said` has their lines
     local until=$((SECONDS + ${SETTLE:-160}))
     while said=$(statuses) && grep -q '^tpu_worker [^ ]* running' <<< "$said"; do
         if [ "$SECONDS" -ge "$until" ]; then worker all stop; fi

@@ -19,7 +19,7 @@ case ${1:-} in
         if [ -z "$PYTHON" ]; then
             python3 -m pip install --user --quiet uv
             python3 -m uv python install --quiet 3.12
-            PYTHON=$(python3 -m uv python find --no-project 3.12)
+            PYTHON=$(python3 -m uv python find --managed-python --no-project 3.12)
         fi
         source launch/venv.sh
         ready_venv tpu

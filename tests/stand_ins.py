@@ -233,7 +233,7 @@ def nvidia_smi(arguments: list[str]) -> int:
 
 def srun(arguments: list[str]) -> int:
     """TASKS tasks on one node; the highest status, 128 + n for a signal."""
-    flags, program = known("srun", arguments)
+    _, program = known("srun", arguments)
     State().append("calls", ["srun", *arguments])
     tasks, running = int(os.environ["TASKS"]), []
     for i in range(tasks):

@@ -113,6 +113,17 @@ def test_a_signal_between_two_runs_ends_it_at_once(host):
     assert (process.returncode, host.starts()) == (76, 1)
 
 
+def test_sigterm_reaches_every_process_of_a_cluster_and_their_status_is_its(host):
+    script = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(1), sys.exit(75))); print('up', flush=True); time.sleep(20)"
+    process = host.start(
+        "supervise.sh", "bash", "launch/local_cluster.sh", "2", "-c", script, CLUSTER_PYTHON=sys.executable
+    )
+    assert {process.stdout.readline(), process.stdout.readline()} == {"[p0] up\n", "[p1] up\n"}
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+
+
 def test_a_cluster_of_this_machine_can_be_supervised(host):
     """A process that is killed takes the other along, and both are there again."""
     two = host.folder / "two"

@@ -156,6 +156,14 @@ def test_saved_or_killed_it_starts_again_on_the_same_tpu(pod, status):
     assert done.stdout.count("last words of worker0") == 2  # every line once
 
 
+def test_a_host_that_does_not_end_with_the_others_is_stopped(pod):
+    pod.write(actions="1 wait,0")
+    done = pod(*HERE, *TRAIN, SETTLE="1")
+    assert done.returncode == 0, done.stderr
+    assert "it ended with 137; restart 1" in done.stderr
+    assert len(pod.rows("runs")) == 4
+
+
 def test_it_does_not_start_again_for_ever(pod):
     pod.write(actions="75,75,75,75")
     done = pod(*HERE, *TRAIN, RESTARTS="2")
