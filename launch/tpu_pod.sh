@@ -4,7 +4,7 @@
 #   bash launch/tpu_pod.sh --name=t --zone=us-west4-a --delete         the TPU stands, and costs, until this
 # --type is plan's name (v5e-64, v6e-8, v5p-64, v4-8); --project=P, else gcloud's own; --version=RUNTIME, else by the type;
 # --dry-run prints every command and runs none. Said again, it finds the TPU and the run, and goes on following; Ctrl-C only stops that.
-# Tracked files go to the hosts as they are here. W must be one folder for all hosts. Exit status: the run's, 2 for a wrong argument.
+# It stays for as long as the run: in tmux, or under nohup. Tracked files go to the hosts as they are here. W must be one folder for all hosts. Exit status: the run's, 2 for a wrong argument.
 # 75, 76 and signals start the run again on the same TPU (launch/supervise.sh), at most RESTARTS (10) times; it continues by itself.
 # POLL=30: seconds between two looks at the state of the TPU. SETTLE=160: seconds for the other hosts to end when the first has, or be stopped:
 # a minute longer than jax needs to miss a killed process.
@@ -103,7 +103,10 @@ active() { # comes back when the TPU is there and ready
     local state before='' failed=0 refused=0
     while :; do
         state=$(look queued-resources 'value(state.state)')
-        if [ "$state" = ACTIVE ]; then state=$(look tpu-vm 'value(state)'); fi # PREEMPTED is said there first
+        if [ "$state" = ACTIVE ]; then # PREEMPTED is said of the node first
+            state=$(look tpu-vm 'value(state)')
+            if [ "$state" = ABSENT ]; then state="without its node"; fi
+        fi
         if [ "$state" != "$before" ]; then say "$name is $state."; fi
         before=$state
         case $state in
@@ -112,7 +115,7 @@ active() { # comes back when the TPU is there and ready
                 create || { [ -n "$again" ] && [ $((refused += 1)) -lt 10 ] && sleep "$poll"; } || exit 1
                 again=1
                 ;;
-            SUSPENDING | SUSPENDED | FAILED | PREEMPTED | TERMINATED)
+            SUSPENDING | SUSPENDED | FAILED | PREEMPTED | TERMINATED | without*)
                 if [ "$state" = FAILED ] && [ $((failed += 1)) -ge 3 ]; then
                     queue describe >&2
                     say "the request for $type failed $failed times in a row; what gcloud knows of it stands above."
@@ -162,7 +165,7 @@ settle() { # all hosts have ended, and `said` has their lines
     local until=$((SECONDS + ${SETTLE:-160}))
     while said=$(statuses) && grep -q '^tpu_worker [^ ]* running' <<< "$said"; do
         if [ "$SECONDS" -ge "$until" ]; then worker all stop; fi
-        sleep 2
+        sleep 1
     done
     [ -n "$said" ]
 }
@@ -243,16 +246,16 @@ while :; do
         fi
     else
         if [ -z "$sent" ]; then
-            if ! send; then # that host may be on its way out
-                say "setting up did not work on every host."
-                if [ $((unready += 1)) -ge 3 ]; then exit 1; fi
-                sleep "$poll"
-                continue
-            fi
-            sent=1 unready=0
+            if send; then sent=1; fi
         fi
         began=$SECONDS
-        worker all "start $(printf %q "$quoted")" || { sleep "$poll"; continue; }
+        if [ -z "$sent" ] || ! worker all "start $(printf %q "$quoted")"; then # perhaps it is being taken away
+            say "not every host could be set up and started."
+            if [ $((unready += 1)) -ge 3 ]; then exit 1; fi
+            sleep "$poll"
+            continue
+        fi
+        unready=0
         follow $((seen + 1))
     fi
     if ! settle; then continue; fi # ssh broke: `active` will say why

@@ -53,11 +53,13 @@ case ${1:-} in
         mv "$run/status.new" "$run/status"
         ;;
     status) # one line: none | running COMMAND | ended STATUS COMMAND
+        up=
+        if alive; then up=1; fi # asked before the file is looked for, which is there when the session is not
         if [ ! -f "$run/command" ]; then
             said=none
         elif [ -f "$run/status" ]; then
             said="ended $(cat "$run/status") $(cat "$run/command")"
-        elif alive; then
+        elif [ -n "$up" ]; then
             said="running $(cat "$run/command")"
         else
             said="ended 137 $(cat "$run/command")" # without a word, as when the machine was restarted

@@ -2,7 +2,7 @@
 
 `folder(tmp_path)` makes a folder for PATH. What they play is in files of the folder STAND_INS, of which each test writes some:
 states, on_create (a TPU's states, one a look, the last stays), node, refuse_create, actions (a line for each start of the program:
-what it does on every host, the last for all later ones), and calls, runs, creations, which they write themselves.
+what it does on every host, the last for all later ones), setup (pip fails), and calls, runs, creations, which they write themselves.
 """
 
 import json
@@ -24,8 +24,8 @@ case "$*" in
     "-c "*ensurepip*) ;;
     "-c "*) echo 3.13 ;;
     "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-    "-m pip"*) echo "$*" >> "$HOME/pip" ;;
-    *) exec {python} -I {file} run "$@" ;;
+    "-m pip"*) echo "$*" >> "$HOME/pip"; [ ! -f "$STAND_INS/setup" ] ;;
+    *) exec {python} -IS {file} run "$@" ;;
 esac
 """
 
@@ -35,7 +35,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     where = tmp_path / "bin"
     where.mkdir()
     for name in NAMES:
-        (where / name).write_text(f'#!/bin/sh\nexec {sys.executable} -I {__file__} {name} "$@"\n')
+        (where / name).write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {name} "$@"\n')
     (where / "python3.13").write_text(PYTHON.format(python=sys.executable, file=__file__))
     for path in where.iterdir():
         path.chmod(0o755)
@@ -100,6 +100,11 @@ def gcloud(arguments: list[str]) -> int:
         return 1
     if verb == "describe":
         if group == "tpu-vm":
+            if state.lines("node") == ["ABSENT"]:
+                print(
+                    "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource was not found.", file=sys.stderr
+                )
+                return 1
             print((state.lines("node") or ["READY"])[0])
             return 0
         print(states[0])
@@ -192,6 +197,12 @@ def tmux(arguments: list[str]) -> int:
     return 0
 
 
+def wait_until(true) -> None:
+    until = time.monotonic() + 60
+    while not true() and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def run(arguments: list[str]) -> int:
     """The program itself, on a TPU's host: what the actions say for the how manieth start of it this is."""
     state, host = State(), pathlib.Path(os.environ["HOME"]).name
@@ -201,18 +212,17 @@ def run(arguments: list[str]) -> int:
     action = actions[min(before, len(actions) - 1)].split()
     action = action[int(host[-1])] if len(action) > 1 else action[0]
     print(f"start {before} of {host}", flush=True)
-    if action == "preempt":  # first the node is gone, a little later the request says so
+    if action == "preempt":  # when it is being followed: first the node is gone, a little later the request says so
         if host == "worker0":
-            time.sleep(0.3)
+            wait_until(lambda: any("follow 1" in row for row in state.lines("calls")))
+            time.sleep(2)
             state.write("node", ["PREEMPTED"])
             state.write("states", ["ACTIVE", "SUSPENDING", "SUSPENDED"])
-        time.sleep(0.3)
+        wait_until(lambda: state.lines("node") == ["PREEMPTED"])
         os.kill(os.getppid(), signal.SIGKILL)
         return 137
     if action == "wait":
-        until = time.monotonic() + 60
-        while not (state.folder / "go").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_until((state.folder / "go").exists)
         return 0
     if action.startswith("-"):
         os.kill(os.getpid(), -int(action))

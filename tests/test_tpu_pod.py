@@ -129,6 +129,22 @@ def test_a_request_that_came_to_nothing_is_made_again(pod, state):
     assert pod.calls()[:3] == ["describe", "delete", "describe"]
 
 
+def test_a_node_that_somebody_deleted_is_asked_for_again(pod):
+    pod.write(states="ACTIVE", node="ABSENT")
+    done = pod(*HERE, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert "t is without its node." in done.stderr
+    assert pod.calls()[:4] == ["describe", "vm describe", "delete", "describe"]
+
+
+def test_hosts_that_cannot_be_set_up_end_it(pod):
+    pod.write(setup="1")
+    done = pod(*HERE, *TRAIN)
+    assert done.returncode == 1
+    assert done.stderr.count("not every host could be set up and started.") == 3
+    assert not pod.rows("runs")
+
+
 def test_a_request_that_always_fails_ends_it(pod):
     pod.write(on_create="FAILED")
     done = pod(*HERE, *TRAIN)
