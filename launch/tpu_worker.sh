@@ -8,6 +8,7 @@ session=moe_embed # of tmux
 mkdir -p "$run"
 
 alive() { tmux has-session -t "$session" 2>/dev/null; }
+stop() { tmux kill-session -t "$session" 2>/dev/null || true; } # there may be none
 
 case ${1:-} in
     setup) # Python 3.11 to 3.13: the TPU images have 3.10, and uv's are what maxtext and vLLM take there
@@ -26,7 +27,7 @@ case ${1:-} in
         ;;
     start)
         printf '%s\n' "$2" > "$run/command"
-        if alive; then tmux kill-session -t "$session"; fi # it has said how it ended, and is about to
+        stop # one that has said how it ended may be about to
         rm -f "$run/status" "$run/pid"
         : >> "$run/log"
         tmux new-session -d -s "$session" "bash $PWD/launch/tpu_worker.sh session"
@@ -77,9 +78,7 @@ case ${1:-} in
         echo "== $(hostname), the end of ~/moe_embed_run/log"
         tail -n 20 "$run/log"
         ;;
-    stop)
-        if alive; then tmux kill-session -t "$session"; fi
-        ;;
+    stop) stop ;;
     *)
         sed -n '2s/^# //p' "${BASH_SOURCE[0]}" >&2
         exit 2
