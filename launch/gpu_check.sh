@@ -11,10 +11,10 @@ output=${OUTPUT:-runs/gpu}
 start=$SECONDS
 mkdir -p "$output"
 
-command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q GPU || {
+if ! nvidia-smi -L 2> /dev/null | grep -q GPU; then # also where there is no nvidia-smi
     echo "error: nvidia-smi finds no GPU here; run this on a machine with one." >&2
     exit 2
-}
+fi
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 
 if compgen -G "$wheels/*.whl" > /dev/null; then

@@ -2,11 +2,12 @@
 # N real processes of one program on this machine, joined over loopback as N hosts would be over a network (CPU: gloo).
 #   bash launch/local_cluster.sh 2 -m moe_embed.train --config=configs/demo.py:tiny --workdir=runs/two
 # Each line says which process wrote it: [p0], [p1], ... If one fails the others are stopped, and its exit code is this one's.
+# Run again where that can help, as after a process was killed: bash launch/supervise.sh bash launch/local_cluster.sh 2 ...
 #   DEVICES=4          virtual CPU devices in each process (default 1)
 #   CLUSTER_PYTHON=P   run P as it is; default: python of .venv, made or completed first
 set -euo pipefail
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
 count=$1
@@ -32,7 +33,8 @@ prefixed() { # a progress bar's \r starts a line too
     done
 }
 one() {
-    { JAX_PROCESS_ID=$1 "$python" "${@:2}" 2>&1 >&3 3>&- | prefixed "$1" >&2; } 3>&1 | prefixed "$1"
+    trap : TERM # it and the next end with the process, which hears of it too
+    { trap : TERM; JAX_PROCESS_ID=$1 "$python" "${@:2}" 2>&1 >&3 3>&- | prefixed "$1" >&2; } 3>&1 | prefixed "$1"
 }
 
 set -m # each process gets a group of its own, so that it can be stopped with all it started
@@ -42,6 +44,7 @@ for ((i = 0; i < count; i++)); do
     pids+=($!)
 done
 stop() { for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done; }
+# shellcheck disable=SC2329 # called by the trap
 interrupted() {
     stop INT
     for _ in {1..30}; do
@@ -51,9 +54,10 @@ interrupted() {
     stop KILL
     exit 130
 }
-trap interrupted INT TERM
-
+trap interrupted INT
 status=0 deadline=
+trap 'stop TERM; deadline=$((SECONDS + 60))' TERM # as a machine that goes down: they save, and their status is this one's
+
 while [ ${#pids[@]} -gt 0 ]; do
     left=()
     for pid in "${pids[@]}"; do
@@ -61,7 +65,7 @@ while [ ${#pids[@]} -gt 0 ]; do
             left+=("$pid")
         elif ! { wait "$pid" && code=0 || code=$?; [ "$code" -eq 0 ]; } && [ "$status" -eq 0 ]; then
             status=$code
-            deadline=$((SECONDS + 10)) # the others hear of it, and say why they end
+            deadline=${deadline:-$((SECONDS + 10))} # the others hear of it, and say why they end
         fi
     done
     pids=(${left[@]+"${left[@]}"})

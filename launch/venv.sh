@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: `ready_venv [extra ...]` makes or completes .venv and puts it on PATH.
 # A stamp of what was asked for decides whether there is anything to do, so a second run starts at once.
 
