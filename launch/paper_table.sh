@@ -7,7 +7,7 @@
 set -euo pipefail
 usage() { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 here=$PWD
-dry= tasks= models=()
+dry='' tasks='' models=()
 for argument in "$@"; do
     case $argument in
         --dry-run) dry=yes ;;
