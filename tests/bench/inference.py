@@ -145,9 +145,10 @@ def measure(size: Size, flags: Sequence[str]) -> tuple[list[Row], list[str]]:
             sides = {name: lambda worker=worker: worker.ask(f"query {i}") for name, worker in workers.items()}  # noqa: B023
             for name, seconds in ratios.interleaved(sides, rounds=size.rounds).items():
                 one[name] += seconds
-        say("queries are done")
+        say(f"queries, ms: { {name: round(1e3 * statistics.median(seconds), 1) for name, seconds in one.items()} }")
         sides = {name: lambda worker=worker: worker.ask("texts") for name, worker in workers.items()}
         many = ratios.interleaved(sides, rounds=size.rounds)
+        say(f"texts, s: { {name: round(statistics.median(seconds), 2) for name, seconds in many.items()} }")
     finally:
         for worker in workers.values():
             worker.close()
@@ -164,8 +165,8 @@ def measure(size: Size, flags: Sequence[str]) -> tuple[list[Row], list[str]]:
         )
     for what, key in (("parameters", "bytes"), ("resident: model, code, buffers", "resident")):
         for name in peers:
-            size = [held[side][key] / 2**20 for side in (name, ours)]
-            rows.append(Row(what, label[name], *size, "MiB", size[0] / size[1], ""))
+            mib = [held[side][key] / 2**20 for side in (name, ours)]
+            rows.append(Row(what, label[name], *mib, "MiB", mib[0] / mib[1], ""))
     total, active = held[ours]["parameters"]
     experts, chosen = MIXTURE.num_experts, MIXTURE.top_k
     return rows, [
