@@ -1,20 +1,22 @@
 """An honest answer from one file of pairs: some are kept out of training, and searched for before and after it.
 
-What shares a text goes together: a document that a held-out query asks for is never trained on, under no other query either.
+What shares a text goes together: a document that a held-out query asks for is never trained on, under no other query either,
+nor pushed away as another query's hard negative. Grouping by negatives too would not do: mined ones join nearly all pairs.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from moe_embed import significance
 from moe_embed.config import Config, UserError
-from moe_embed.data.sources import Source, Task
+from moe_embed.data.sources import Pair, Source, Task
 
 NAME = "held-out"
 FILE = "held_out.json"  # in the workdir: {"before": {query id: nDCG@10}[, "after": {...}, "verdict": "..."]}
@@ -25,16 +27,17 @@ MOST_DOCUMENTS = 20_000  # of the corpus; what no held-out query asks for beyond
 BATCHES, BATCH, EPOCHS, WARM_UP = 8, 256, 3, 0.1  # what `fit` aims at
 
 
-def split(sources: Sequence[Source], *, share: float) -> tuple[list[Source], Task]:
+def split(sources: Sequence[Source], *, share: float, say: Callable[[str], None] = print) -> tuple[list[Source], Task]:
     """Keep a share of the pairs out: the sources without them, and the task to find their documents among all documents.
 
-    A group is pairs that share a query (its text or id) or a document. Groups are chosen by a hash of their texts: more rows
-    in the file leave those before where they are, mostly. UserError where there are fewer than two groups.
+    A group is pairs that share a text (as query or as document) or a query's id. Groups are chosen by a hash of their texts:
+    more rows in the file leave those before where they are, mostly. UserError where there are fewer than two groups.
+
+    A query or document that is kept out is also taken from the hard negatives (and their scores) of the pairs that stay, and
+    `say` is told how many: seen in training as a wrong answer alone, it would be found less often than a new document is.
     """
     pairs = [pair for source in sources for pair in source.pairs]
-    group_N = _groups(
-        [(("query", p.query), ("document", p.document), *([("id", p.id)] if p.id else [])) for p in pairs]
-    )
+    group_N = _groups([(("text", p.query), ("text", p.document), *([("id", p.id)] if p.id else [])) for p in pairs])
     hash_of = {}
     for pair, group in zip(pairs, group_N, strict=True):
         of_pair = zlib.crc32(f"{pair.query}\n{pair.document}".encode())
@@ -57,16 +60,32 @@ def split(sources: Sequence[Source], *, share: float) -> tuple[list[Source], Tas
             out.add(group)
             count, asked = count + sizes[group], asked + len(queries[group])
     out = out or {min(order, key=lambda group: sizes[group])}
-    is_out = iter([group in out for group in group_N])
+    is_out = [group in out for group in group_N]
+    texts = {text for pair in itertools.compress(pairs, is_out) for text in (pair.query, pair.document)}
+    places = iter(is_out)
     kept = [
-        dataclasses.replace(source, pairs=[pair for pair in source.pairs if not next(is_out)]) for source in sources
+        dataclasses.replace(source, pairs=[_without(pair, texts) for pair in source.pairs if not next(places)])
+        for source in sources
     ]
     for source in kept:
         if not source.pairs:
             raise UserError(
                 f"{source.path}: all of its pairs would be held out; join it with another file, or lower config.data.held_out."
             )
-    return kept, _task(pairs, [group in out for group in group_N])
+    negatives = lambda pairs: sum(len(pair.negatives) for pair in pairs)  # noqa: E731
+    stay = negatives(pair for pair, out in zip(pairs, is_out, strict=True) if not out)
+    if left_out := stay - sum(negatives(source.pairs) for source in kept):
+        say(f"negatives   {left_out:,} of {stay:,} are texts of held-out pairs: left out")
+    return kept, _task(pairs, is_out)
+
+
+def _without(pair: Pair, texts: Collection[str]) -> Pair:
+    """The pair without the hard negatives that are among `texts`."""
+    keep = [text not in texts for text in pair.negatives]
+    if all(keep):
+        return pair
+    negatives, scores = (tuple(itertools.compress(of, keep)) for of in (pair.negatives, pair.scores[1:]))
+    return dataclasses.replace(pair, negatives=negatives, scores=(*pair.scores[:1], *scores))
 
 
 def _groups(keys: Sequence[tuple]) -> list[int]:

@@ -1,5 +1,6 @@
 """The benchmark's pieces at toy size, so that they do not rot. What they measure is not looked at; what needs torch is in parity/."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from moe_embed import config as config_lib
+from moe_embed import hf_layout
 from moe_embed.infonce import Ids, infonce
 from moe_embed.ring_infonce import ring_infonce
 from tests import hf_tiny
-from tests.bench import devices, losses, ratios, workloads
+from tests.bench import devices, inference, losses, ratios, workloads
 
 SIZE = workloads.QUICK
 
@@ -93,6 +95,35 @@ def test_devices_are_compared(tmp_path):
     for counts in found.values():
         assert counts["1"] == {"difference": 0.0, "identical": 1.0}
         assert counts["2"]["difference"] < 1e-5
+
+
+def test_dense_models_have_the_mixtures_parameters():
+    total, active = hf_layout.num_parameters(inference.FULL, inference.MIXTURE)
+    assert (total, active) == (475_292_928, 305_423_616)
+    shapes = inference.models(inference.size_of(quick=False, layers=12, texts=2, rounds=1))
+    count = lambda c: hf_layout.num_parameters(c, inference.DENSE)[0]  # noqa: E731
+    for name, expected in (("active", active), ("total", total)):
+        c, _ = shapes[f"dense, equal {name}"]
+        assert count(c) == pytest.approx(expected, rel=1e-3)
+        wider = dataclasses.replace(c, ffn_dim=c.ffn_dim + 64)
+        assert count(wider) != pytest.approx(expected, rel=1e-3)
+
+
+def test_resident_memory_is_seen():
+    before = inference.resident()
+    held = np.ones(2**26, np.uint8)
+    assert 0.9 * held.nbytes < inference.resident() - before < 1.5 * held.nbytes
+
+
+@pytest.mark.bench
+def test_the_benchmark_of_inference_runs_at_toy_size():
+    command = [sys.executable, "-m", "tests.bench.inference", "--quick"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| one query, median |") == 4
+    assert "One query meets" in done.stdout
 
 
 @pytest.mark.bench

@@ -62,6 +62,44 @@ def test_pairs_that_share_a_text_stay_together():
     assert {d for _, d in judged} == {pair.document for pair in out}
 
 
+def test_a_text_is_one_text_as_query_and_as_document():
+    """Questions that are copies of questions: each is a pair's query and another pair's document."""
+    pairs = [Pair(f"{i}, {j}", f"{i}, {j + 1}") for i in range(30) for j in range(3)]
+    (kept,), task = held_out.split([source(pairs)], share=0.1)
+    trained = {text for pair in kept.pairs for text in (pair.query, pair.document)}
+    asked = {task.corpus[d] for of in task.relevance.values() for d in of} | set(task.queries.values())
+    assert asked
+    assert not trained & asked
+    assert len(kept.pairs) % 3 == 0
+
+
+def test_a_held_out_text_is_no_hard_negative():
+    """As mined: each pair has the documents of five others, and one that is nobody's; the least likely to be kept out last."""
+    pairs = [Pair(p.query, p.document, (*(f"document {(i + j) % 100}" for j in range(1, 6)), f"only negative {i}", "query 7"),
+                  scores=(9.0, *map(float, range(1, 8))), row=i) for i, p in enumerate(single(100))]  # fmt: skip
+    said = []
+    (kept,), task = held_out.split([source(pairs)], share=0.1, say=said.append)
+    texts = {task.corpus[d] for of in task.relevance.values() for d in of} | set(task.queries.values())
+    found = {text for pair in kept.pairs for text in pair.negatives}
+    assert len(task.queries) == 20
+    assert not found & texts
+    dropped = 0
+    for pair in kept.pairs:
+        before = pairs[pair.row]
+        expected = [(text, x) for text, x in zip(before.negatives, before.scores[1:], strict=True) if text not in texts]
+        assert list(zip(pair.negatives, pair.scores[1:], strict=True)) == expected
+        assert (pair.query, pair.document, pair.scores[0]) == (before.query, before.document, 9.0)
+        dropped += 7 - len(expected)
+    assert dropped > 20
+    assert said == [f"negatives   {dropped} of 560 are texts of held-out pairs: left out"]
+    assert {text for pair in pairs for text in pair.negatives} - {"query 7"} <= set(task.corpus.values())
+    # the perturbed sibling: negatives that no held-out query asks for stay, and nothing is said
+    apart = [Pair(p.query, p.document, (f"only negative {i}",)) for i, p in enumerate(single(100))]
+    (kept,), _ = held_out.split([source(apart)], share=0.1, say=said.append)
+    assert len(said) == 1
+    assert all(len(pair.negatives) == 1 for pair in kept.pairs)
+
+
 def test_a_group_that_is_most_of_the_data_is_no_sample():
     pairs = [Pair(f"query {i}", "the same") for i in range(90)] + single(10, first=100)
     (kept,), task = held_out.split([source(pairs)], share=0.1)
