@@ -9,7 +9,6 @@ checkpoints/<step>. MLM, pretraining and finetuning are this one loop with anoth
 """
 
 import argparse
-import dataclasses
 import pathlib
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from moe_embed import (
     agreement,
+    beginning,
     checkpoint,
     cluster,
     held_out,
@@ -38,7 +38,6 @@ from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.data.mlm_batches import MlmBatches
 from moe_embed.load import (
     DESCRIPTION,
-    Description,
     Model,
     find_tokenizer,
     load,
@@ -46,7 +45,6 @@ from moe_embed.load import (
     read_description,
     write_description,
 )
-from moe_embed.model import mlm_head
 
 WARM_UP = 2  # steps before a trace: they compile
 
@@ -105,7 +103,7 @@ def train(
         if first is None:
             before = base = load(init_from, mesh=mesh)
         origin, tokenizer = (init_from, base.tokenizer) if base else (str(workdir), find_tokenizer(workdir))
-        config, prompts = inherit(config, before, origin=origin, explicit=explicit)
+        config, prompts = beginning.inherit(config, before, origin=origin, explicit=explicit)
         if (
             "data.tokenizer" in explicit
             and tokenizer_lib.read(config.data.tokenizer).model_bytes != tokenizer.model_bytes
@@ -120,7 +118,7 @@ def train(
     cluster.on_first(lambda: same_run.check_workdir(config, workdir))
 
     if first is None:
-        state, first = prog.init(parameters_of(base, prog, batches)), 0
+        state, first = prog.init(beginning.parameters_of(base, prog, batches)), 0
         del base  # its parameters are the state's now
     else:
         same_run.check_fingerprint(checkpoint.facts(checkpoints, first), batches.fingerprint, workdir)
@@ -191,56 +189,6 @@ def traced(items: Iterable, folder: pathlib.Path, *, count: int) -> Iterator:
         if tracing:
             jax.profiler.stop_trace()
             print(f"traced to {folder}, up to the end of the run; look at it with xprof.")
-
-
-def inherit(
-    config: Config, base: Model | Description, *, origin: str, explicit: Collection[str]
-) -> tuple[Config, dict[str, str]]:
-    """`config` with the encoder, the mixture and the prompts of the model it starts from, and all of its prompts.
-
-    Says what the config had otherwise. Its dtype stays: it is how the run computes, not what the model is; and so does
-    max_seq_length where it was set explicitly. UserError names each other key that was set explicitly and disagrees.
-    """
-    kept = {"dtype": config.encoder.dtype}
-    if "encoder.max_seq_length" in explicit:
-        kept["max_seq_length"] = config.encoder.max_seq_length
-    ours = {"query": "query_prompt", "document": "document_prompt"}
-    prompts = {task: text for task, text in base.prompts.items() if text}  # an empty one says nothing
-    data = dataclasses.replace(config.data, **{ours[task]: text for task, text in prompts.items() if task in ours})
-    theirs = dict(encoder=dataclasses.replace(base.encoder, **kept), moe=base.moe, data=data)
-    faults, inherited = [], []
-    for section, values in theirs.items():
-        for field in dataclasses.fields(values):
-            asked, found = getattr(getattr(config, section), field.name), getattr(values, field.name)
-            name = f"{section}.{field.name}"
-            if asked != found and name in explicit:
-                faults.append(f"--config.{name}={asked!r} disagrees with {origin}, which has {found!r}; leave it out.")
-            elif asked != found:
-                inherited.append(f"{field.name} {found!r} (config: {asked!r})")
-    if faults:
-        raise UserError(*faults)
-    if inherited and isinstance(base, Model):
-        print(f"of {origin}: {', '.join(inherited)}")
-    config = dataclasses.replace(config, **theirs)
-    return config_lib.from_dict(config_lib.to_dict(config)), prompts_of(config) | prompts  # checked again as a whole
-
-
-def parameters_of(base: Model | None, prog: program.Program, batches) -> dict:
-    """What a run begins with: the parameters of the model it starts from, or fresh ones.
-
-    A head of masked language modelling is left out where it has no part. A fresh one begins as the unigram model, its bias
-    the pieces' log frequencies: the first steps then learn what context says, not how common a piece is.
-    """
-    params = prog.init()["params"] if base is None else dict(base.params)
-    wants_head = "head" in prog.abstract_state["params"]
-    if wants_head and (base is None or "head" not in params):
-        print("mlm head    fresh, at the pieces' log frequencies")
-        head = mlm_head.init(prog.config.encoder, key=jax.random.key(prog.config.run.seed))
-        params["head"] = head | {"b_V": batches.log_frequency_V}
-    elif "head" in params and not wants_head:
-        print("mlm head    left out: this objective does not use it")
-        del params["head"]
-    return params
 
 
 def open_data(config: Config, *, num_shards: int, tokenizer=None):
