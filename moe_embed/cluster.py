@@ -191,8 +191,7 @@ def start(*, coordinator=None, num_processes=None, process_id=None, seconds: flo
         if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" not in os.environ:
             print(f"processes   1: Slurm gave {os.environ['SLURM_NTASKS']} tasks, but only srun starts as many")
         return
-    # jax would catch SIGTERM to announce it, and nothing here saves on that: a run could not be ended.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", True)  # it catches SIGTERM from here on: preemption.py
     sentence = (
         f"error: not all of {job.count} processes came within {seconds:.0f} s ({job.found}; coordinator "
         f"{job.coordinator or 'found by jax'}; this is process {'?' if job.process is None else job.process} on "
@@ -230,26 +229,31 @@ def is_first() -> bool:
     return distributed.global_state.process_id == 0
 
 
-def gather(row) -> list:
+def new_call() -> str:
+    """The name of a `gather` or `on_first` that a thread makes later: numbered where all processes are in step."""
+    return str(next(_CALLS))
+
+
+def gather(row, *, call: str | None = None) -> list:
     """The `row` (plain JSON) of every process, by number, on every process: nobody goes on before all have come."""
     if not several():
         return [json.loads(json.dumps(row))]
-    call = next(_CALLS)
+    call = call or new_call()
     _put(f"{call}/{distributed.global_state.process_id}", row)
     return [_take(f"{call}/{i}") for i in range(distributed.global_state.num_processes)]
 
 
-def on_first(f: Callable[[], typing.Any]):
+def on_first(f: Callable[[], typing.Any], *, call: str | None = None):
     """f() on process 0 alone; its result (plain JSON), or its UserError, on all."""
     if not several():
         return f()
-    call = next(_CALLS)
+    call = call or new_call()
     if is_first():
         try:
-            _put(str(call), {"result": f()})
+            _put(call, {"result": f()})
         except UserError as error:
-            _put(str(call), {"faults": error.args})
-    said = _take(str(call))
+            _put(call, {"faults": error.args})
+    said = _take(call)
     if "faults" in said:
         raise UserError(*said["faults"])
     return said["result"]
@@ -279,10 +283,10 @@ def failure() -> tuple[int, str] | None:
 
 
 def end(status: int, why: str) -> None:
-    """The last call of every process: with all well wait for the others, else tell them why, and exit here and now."""
+    """The last call of every process: without a `why` wait for the others, else tell them, and exit here and now."""
     if not several():
         return
-    if status == 0:
+    if not why:
         gather("done")
         _LEAVING.set()
         jax.distributed.shutdown()

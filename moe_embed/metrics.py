@@ -37,8 +37,8 @@ class Writer:
     def __init__(self, workdir: pathlib.Path | None, *, first_step: int, last_step: int):
         self.path = workdir / "metrics.jsonl" if workdir else pathlib.Path(os.devnull)
         self.evaluations = workdir / "evaluations.jsonl" if workdir else pathlib.Path(os.devnull)
-        _keep(self.path, first_step - 1)
-        _keep(self.evaluations, first_step)
+        keep(self.path, first_step - 1)
+        keep(self.evaluations, first_step)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed in close()
         self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout,
                               mininterval=0.5 if sys.stdout.isatty() else 15.0)  # fmt: skip
@@ -61,6 +61,10 @@ class Writer:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         self._show(figures)
         self.lap()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step's held-out figures are written."""
+        return any(row["step"] == step for row in read(self.evaluations))
 
     def lap(self) -> None:
         """Begin the next step's time now: what went before (an evaluation, a compilation) is nobody's step."""
@@ -86,8 +90,8 @@ class Writer:
         self._bar.set_postfix(self._shown, refresh=False)
 
 
-def _keep(path: pathlib.Path, last_step: int) -> None:
-    """Drop the rows after `last_step`: they will be written again."""
+def keep(path: pathlib.Path, last_step: int) -> None:
+    """Drop the rows of a .jsonl file after `last_step`: they will be written again."""
     if not path.is_file():
         return
     kept = [row for row in read(path) if row["step"] <= last_step]
