@@ -6,6 +6,7 @@ with its sentence; without that they would wait in a collective, and it at its o
 """
 
 import dataclasses
+import faulthandler
 import glob
 import itertools
 import json
@@ -24,6 +25,7 @@ from jax._src import distributed  # its client has no public door; Orbax takes t
 
 from moe_embed.config import UserError
 
+GONE = 76  # exit status where another process is gone or stuck: start all again
 SECONDS_TO_MEET = 300  # how long the processes wait for each other at the start
 HELP = """\
 Several processes: start the same command on every host. Cloud TPU pods, TPU slices on GKE and Slurm (srun) are found by
@@ -274,6 +276,22 @@ def _take(name: str):
                 raise
 
 
+def tell(done: int, *, since: float) -> None:
+    """How many steps this process has done, and how many seconds ago the last: for whoever asks `told`."""
+    if several():
+        me = distributed.global_state.process_id
+        _put(f"told/{me}", {"host": socket.gethostname(), "done": done, "since": since, "at": time.time()})
+
+
+def told() -> list[dict]:
+    """What each process told last, with "silent", how many seconds ago that was; none of a process that never did."""
+    if not several():
+        return []
+    found = distributed.global_state.client.key_value_dir_get("moe_embed/told/")
+    rows = [{"process": int(key.rpartition("/")[2])} | json.loads(value) for key, value in found]
+    return sorted((row | {"silent": time.time() - row["at"]} for row in rows), key=lambda row: row["process"])
+
+
 def failure() -> tuple[int, str] | None:
     """(exit code, sentences) of the first process known to have ended with an error; None if all is well."""
     if not several():
@@ -291,7 +309,15 @@ def end(status: int, why: str) -> None:
         _LEAVING.set()
         jax.distributed.shutdown()
         return
+    leave(status, why)
+
+
+def leave(status: int, why: str) -> typing.NoReturn:
+    """Exit here and now, from any thread; the other processes end with the same status, and this sentence."""
     _LEAVING.set()
+    if not several():
+        sys.stdout.flush()
+        os._exit(status)
     _leave(status, f"process {distributed.global_state.process_id} on {socket.gethostname()} ended: {why}")
 
 
@@ -303,6 +329,8 @@ def _watch() -> None:
         except (jax.errors.JaxRuntimeError, AttributeError):  # the coordinator has gone: jax itself ends this process
             return
         if said and not _LEAVING.is_set():
+            if said[0] == GONE:  # where this one stands is what whoever looks for the cause wants to know
+                faulthandler.dump_traceback(all_threads=True)
             print(f"error: {said[1]}", file=sys.stderr)
             _leave(*said)
 

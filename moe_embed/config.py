@@ -136,6 +136,9 @@ class Run:
     eval_every: int = 0  # steps between evaluations on data.dev; 0 is never
     save_every: int = 1000
     keep: int = 2  # verified checkpoints to keep
+    watchdog: int = (
+        3600  # seconds without a step (an evaluation, a save) after which a run is stuck, and ends; 0 is never
+    )
     max_skips: int = 3  # steps of a run whose loss or gradient may be not finite: skipped; one more ends the run
     recompute: bool = (
         True  # encode again in the backward pass: 4/3 of the FLOPs, one micro-batch of activations (GradCache)
@@ -319,7 +322,7 @@ def _contradictions(c: Config) -> list[str]:
         "data": ("num_negatives", "smoothing", "batch_size"),  # 0: held_out.fit
         "moe": ("num_experts",),
         "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
-        "run": ("seed", "eval_every", "steps", "max_skips"),
+        "run": ("seed", "eval_every", "steps", "max_skips", "watchdog"),
         "encoder": ("position_offset", "num_positions"),
     }
     for section, keys in not_negative.items():

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "run.save_every",
     "run.keep",
     "run.max_skips",
+    "run.watchdog",
     "run.recompute",
     "data.dev",
     "data.rows",

@@ -7,7 +7,8 @@
 The workdir describes itself: workdir.json (config, prompts, versions), tokenizer.model, metrics.jsonl, evaluations.jsonl,
 checkpoints/<step>, skipped.jsonl (steps that were not finite). MLM, pretraining and finetuning are this one loop with another config.
 
-Exit status: 0 done, 2 a fault of the user's, 75 preempted (SIGTERM: it has saved; run the same command again).
+Exit status: 0 done; 2 a fault of the user's; 75 preempted (SIGTERM: it has saved) and 76 another process is gone or stuck, or
+this one (config.run.watchdog): run the same command again.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from moe_embed import (
     saving,
     sharding,
     verb,
+    watchdog,
 )
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
@@ -154,6 +156,7 @@ def train(
         metrics.Writer(writes_to, first_step=first, last_step=config.run.steps) as writer,
         saving.Saver(checkpoints, facts=batches.fingerprint, keep=config.run.keep, say=writer.say) as saver,
         preemption.heard() as told_to_stop,
+        watchdog.Watchdog(config.run.watchdog) as watching,
     ):
         measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
         search = lambda: per_query(model_of(prog, state, tokenizer, prompts), held)  # noqa: E731
@@ -181,6 +184,7 @@ def train(
                 if unwritten is not None:
                     record(*unwritten)
                     unwritten = None
+                watching.beat(step, more=watchdog.COMPILING)
                 step_of_size[num_micro] = compile_step(prog, state, arrays, writer)
             state, device_metrics = step_of_size[num_micro](state, arrays)
             if unwritten is not None:
@@ -195,11 +199,14 @@ def train(
                 finite = record(*unwritten)
                 unwritten = None
             if look:  # before the save: a step that counts as saved has its evaluation
+                watching.beat(done)
                 writer.evaluation(done, measure())
+                watching.beat(done)
             if owed and (finite or last or stop):  # else the parameters may be what is wrong: the next step tells
                 owed = False
                 (saver.save_now if last or stop else saver.save)(state)
                 writer.lap()
+            watching.beat(done)
             if stop and not last:
                 writer.say(
                     f"stopped after step {done} of {config.run.steps}, which is saved; the same command continues."

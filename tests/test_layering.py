@@ -16,7 +16,7 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"))]  # what `import` can find
 
 LAYERS = (
-    {"config", "fields", "verb", "metrics", "cluster", "preemption", "agreement", "batcher"},
+    {"config", "fields", "verb", "metrics", "cluster", "watchdog", "preemption", "agreement", "batcher"},
     {"data", "data.sources", "data.tables", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
