@@ -2,22 +2,30 @@
 
 Orbax restores a file with flipped bits without a word (measured: 160 of 160), and believes an empty step directory. So a
 step counts only with its manifest, which is written last, in one move, and carries its own digest; restoring checks every
-file and takes the newest step that verifies, naming what it passed over.
+file and takes the newest step that verifies, naming what it passed over. Saving beside the training: saving.py.
 """
 
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import orbax.checkpoint as ocp
 
 from moe_embed import cluster
 from moe_embed.config import UserError
 
 MANIFEST = "digests.json"
+# Of the manifest. Its digest is that of all it says otherwise, in every schema to come: else a newer one could not be told
+# from a damaged one. Manifests without a number are from before there was one.
+SCHEMA = 1
+WRITING = ".saving"  # behind a step's number until it has its manifest
+STRAY = re.compile(r"\d+(\.saving)?(\.orbax-checkpoint-tmp.*)?")  # with one of them: a save that was cut off
+OF_A_PROCESS = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")  # Orbax's folder for what one process writes
 
 
 def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathlib.Path:
@@ -26,30 +34,82 @@ def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathli
     `facts` (plain JSON: the data fingerprint) is kept in the manifest. Returns the step's directory. Of several processes all
     call this, and Orbax writes what each has to one folder; the rest is process 0's, and nobody goes on before it is done.
     """
-    step = int(state["step"])
-    path = folder.absolute() / str(step)
-    cluster.on_first(lambda: _clear(path))
-    items = {"params": ocp.args.StandardSave(state["params"])}
-    if "optimizer" in state:  # a model folder has none: there is nothing to continue
-        items["training"] = ocp.args.StandardSave({"step": state["step"], "optimizer": state["optimizer"]})
+    path = prepare(folder, int(state["step"]))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.Composite(**items))
-    cluster.on_first(lambda: _finish(path, facts, keep=keep))
+        checkpointer.save(path, args=to_save(state))
+    rows = cluster.gather(digests(path))
+    cluster.on_first(lambda: finish(path, rows, arrays=arrays_of(state), facts=facts, keep=keep))
+    return path.with_suffix("")
+
+
+def prepare(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """Where to write a step; an earlier try is removed."""
+    path = folder.absolute() / f"{step}{WRITING}"
+    cluster.on_first(lambda: _remove(path))
     return path
 
 
-def _clear(path: pathlib.Path) -> None:
-    if path.is_dir():  # unverified, or it would have been resumed from
+def to_save(state: dict) -> ocp.args.Composite:
+    """What Orbax is told of a state. A model folder has no optimiser: there is nothing to continue."""
+    return ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in _items(state).items()})
+
+
+def arrays_of(state: dict) -> dict[str, list]:
+    """Name -> [dtype, shape] of all that is saved of a state."""
+    return _arrays(_items(state))
+
+
+def _arrays(items: dict) -> dict[str, list]:
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    return {name(p): [str(x.dtype), list(x.shape)] for p, x in jax.tree_util.tree_leaves_with_path(items)}
+
+
+def num_bytes(state: dict) -> int:
+    """What a step of this state takes on disk, but for Orbax's index and our manifest."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_items(state)))
+
+
+def digests(path: pathlib.Path) -> dict[str, str]:
+    """Of the files of a step that this process wrote: it may still hold them in memory, and knows what they should be."""
+    me = jax.process_index()
+    writer = lambda name: int(found[1]) if (found := OF_A_PROCESS.search(name)) else 0  # noqa: E731
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    return {name: _digest(path / name) for name in names if writer(name) == me}
+
+
+def finish(path: pathlib.Path, rows: Sequence[dict], *, arrays: dict, facts: dict, keep: int) -> None:
+    """Process 0's: all processes' digests become the manifest, and with it what was written takes its place as a step.
+
+    Of the steps that verify the newest `keep` stay.
+    """
+    files = {name: digest for row in rows for name, digest in row.items()}
+    folder, final = path.parent, path.with_suffix("")
+    _write_manifest(path, {"schema": SCHEMA, "step": int(final.name), "facts": facts, "arrays": arrays, "files": files})
+    _remove(final)  # it does not verify, or the run would have begun with it
+    path.rename(final)
+    for old in [s for s in steps(folder) if not problem(folder, s)][:-keep]:
+        (folder / str(old) / MANIFEST).unlink()  # first: what is half deleted does not count
+        shutil.rmtree(folder / str(old))
+
+
+def clean(folder: pathlib.Path) -> None:
+    """Remove what saves that were cut off left: nothing ever reads it."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if STRAY.fullmatch(path.name) and not path.name.isdigit():
+            shutil.rmtree(path)
+
+
+def _items(state: dict) -> dict:
+    items = {"params": state["params"]}
+    if "optimizer" in state:
+        items["training"] = {"step": state["step"], "optimizer": state["optimizer"]}
+    return items
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-
-
-def _finish(path: pathlib.Path, facts: dict, *, keep: int) -> None:
-    """The manifest, of all processes' files; then retention."""
-    _write_manifest(path, facts)
-    folder = path.parent
-    for old in [s for s in steps(folder) if not problem(folder, s)][:-keep]:
-        shutil.rmtree(folder / str(old))
 
 
 def steps(folder: pathlib.Path) -> list[int]:
@@ -63,14 +123,20 @@ def problem(folder: pathlib.Path, step: int) -> str:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
-        if manifest["digest"] != _digest_of_files(files, manifest["facts"]):
+        if manifest["digest"] != _digest_of(manifest):
             return f"digest mismatch in {path / MANIFEST}"
     except FileNotFoundError:
-        return f"{path} has no manifest: the save did not finish"
+        return f"{path} has no manifest: it is unfinished, or none of ours"
     except NotADirectoryError:
         return f"{path} is no directory"
     except (ValueError, KeyError, TypeError):
         return f"digest mismatch in {path / MANIFEST}"
+    if "schema" in manifest and manifest["schema"] > SCHEMA:
+        raise UserError(
+            f"{path} was written by a newer moe_embed (schema {manifest['schema']}; this one reads {SCHEMA}); install that one."
+        )
+    if "step" in manifest and manifest["step"] != step:
+        return f"{path} is a copy of step {manifest['step']}"
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST}
     if present != set(files):
         return f"{path} lacks or has too many files: {', '.join(sorted(present ^ set(files))[:3])}"
@@ -80,16 +146,16 @@ def problem(folder: pathlib.Path, step: int) -> str:
     return ""
 
 
-def newest_verified(folder: pathlib.Path, *, say: Callable[[str], None]) -> int | None:
-    """The newest step that verifies, None if there is no step at all. Says what it passed over.
+def newest_verified(folder: pathlib.Path, *, say: Callable[[str], None], strict: bool = False) -> int | None:
+    """The newest step that verifies, None if there is no step at all. Says what it passed over; `strict` passes over nothing.
 
     Raises UserError if there are steps and none verifies: nothing is started afresh in silence. Of several processes the first
     looks, and all are told: they restore one step.
     """
-    return cluster.on_first(lambda: _newest_verified(folder, say))
+    return cluster.on_first(lambda: _newest_verified(folder, say, strict))
 
 
-def _newest_verified(folder: pathlib.Path, say: Callable[[str], None]) -> int | None:
+def _newest_verified(folder: pathlib.Path, say: Callable[[str], None], strict: bool) -> int | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; checkpoints need a folder there.")
     problems = []
@@ -97,6 +163,10 @@ def _newest_verified(folder: pathlib.Path, say: Callable[[str], None]) -> int | 
         what = problem(folder, step)
         if not what:
             return step
+        if strict:
+            raise UserError(
+                f"checkpoint {step} does not verify: {what}; without --strict_restore an older one is taken."
+            )
         problems.append(what)
         say(f"checkpoint {step} is passed over: {what}.")
     if problems:
@@ -113,17 +183,18 @@ def facts(folder: pathlib.Path, step: int) -> dict:
 
 def restore(folder: pathlib.Path, step: int, *, abstract_state: dict) -> dict:
     """The whole state of a verified step, laid out as `abstract_state` (program.build) says: any mesh."""
-    parts = {"params": abstract_state["params"], "training": {k: abstract_state[k] for k in ("step", "optimizer")}}
-    restored = _restore(folder / str(step), {k: ocp.args.StandardRestore(v) for k, v in parts.items()})
+    restored = _restore(folder / str(step), _items(abstract_state))
     return {"params": restored["params"], **restored["training"]}
 
 
 def restore_params(folder: pathlib.Path, step: int, *, abstract_params: dict) -> dict:
     """The parameters alone."""
-    return _restore(folder / str(step), {"params": ocp.args.StandardRestore(abstract_params)})["params"]
+    return _restore(folder / str(step), {"params": abstract_params})["params"]
 
 
-def _restore(path: pathlib.Path, items: dict) -> dict:
+def _restore(path: pathlib.Path, wanted: dict) -> dict:
+    _compare(path, wanted)
+    items = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         try:
             return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
@@ -132,12 +203,33 @@ def _restore(path: pathlib.Path, items: dict) -> dict:
             raise UserError(f"{path} does not hold the arrays that the workdir's config asks for: {reason}") from error
 
 
-def _write_manifest(path: pathlib.Path, facts: dict) -> None:
-    files = {str(p.relative_to(path)): _digest(p) for p in sorted(path.rglob("*")) if p.is_file()}
-    manifest = {"files": files, "facts": facts, "digest": _digest_of_files(files, facts)}
+def _compare(path: pathlib.Path, wanted: dict) -> None:
+    """UserError where a step has other arrays than are wanted; a change of dtype, which Orbax makes in silence, is said."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    if "arrays" not in manifest:  # from before there was a schema: Orbax compares shapes
+        return
+    saved = {name: array for name, array in manifest["arrays"].items() if name.split("/")[0] in wanted}
+    asked = _arrays(wanted)
+    faults = [f"{name} is not in it" for name in asked if name not in saved]
+    faults += [f"it has {name}, which is not asked for" for name in saved if name not in asked]
+    both = [name for name in asked if name in saved]
+    faults += [f"{n} is {saved[n][1]}, not {asked[n][1]}" for n in both if saved[n][1] != asked[n][1]]
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(
+            f"{path} does not hold the arrays that the workdir's config asks for: {'; '.join(faults[:3])}{more}."
+        )
+    if changed := [n for n in both if saved[n][0] != asked[n][0]]:
+        first = changed[0]
+        print(
+            f"note        {len(changed)} arrays of {path} change dtype: {first} from {saved[first][0]} to {asked[first][0]}"
+        )
+
+
+def _write_manifest(path: pathlib.Path, manifest: dict) -> None:
     partial = path / (MANIFEST + ".partial")
     with open(partial, "w") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump(manifest | {"digest": _digest_of(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path / MANIFEST)
@@ -148,5 +240,8 @@ def _digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
-def _digest_of_files(files: dict, facts: dict) -> str:
-    return hashlib.blake2b(json.dumps([files, facts], sort_keys=True).encode()).hexdigest()[:32]
+def _digest_of(manifest: dict) -> str:
+    says = {name: value for name, value in manifest.items() if name != "digest"}
+    if "schema" not in manifest:
+        says = [manifest["files"], manifest["facts"]]
+    return hashlib.blake2b(json.dumps(says, sort_keys=True).encode()).hexdigest()[:32]

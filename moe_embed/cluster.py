@@ -6,6 +6,7 @@ with its sentence; without that they would wait in a collective, and it at its o
 """
 
 import dataclasses
+import faulthandler
 import glob
 import itertools
 import json
@@ -24,6 +25,7 @@ from jax._src import distributed  # its client has no public door; Orbax takes t
 
 from moe_embed.config import UserError
 
+GONE = 76  # exit status where another process is gone or stuck: start all again
 SECONDS_TO_MEET = 300  # how long the processes wait for each other at the start
 HELP = """\
 Several processes: start the same command on every host. Cloud TPU pods, TPU slices on GKE and Slurm (srun) are found by
@@ -191,8 +193,7 @@ def start(*, coordinator=None, num_processes=None, process_id=None, seconds: flo
         if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" not in os.environ:
             print(f"processes   1: Slurm gave {os.environ['SLURM_NTASKS']} tasks, but only srun starts as many")
         return
-    # jax would catch SIGTERM to announce it, and nothing here saves on that: a run could not be ended.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", True)  # it catches SIGTERM from here on: preemption.py
     sentence = (
         f"error: not all of {job.count} processes came within {seconds:.0f} s ({job.found}; coordinator "
         f"{job.coordinator or 'found by jax'}; this is process {'?' if job.process is None else job.process} on "
@@ -230,26 +231,31 @@ def is_first() -> bool:
     return distributed.global_state.process_id == 0
 
 
-def gather(row) -> list:
+def new_call() -> str:
+    """The name of a `gather` or `on_first` that a thread makes later: numbered where all processes are in step."""
+    return str(next(_CALLS))
+
+
+def gather(row, *, call: str | None = None) -> list:
     """The `row` (plain JSON) of every process, by number, on every process: nobody goes on before all have come."""
     if not several():
         return [json.loads(json.dumps(row))]
-    call = next(_CALLS)
+    call = call or new_call()
     _put(f"{call}/{distributed.global_state.process_id}", row)
     return [_take(f"{call}/{i}") for i in range(distributed.global_state.num_processes)]
 
 
-def on_first(f: Callable[[], typing.Any]):
+def on_first(f: Callable[[], typing.Any], *, call: str | None = None):
     """f() on process 0 alone; its result (plain JSON), or its UserError, on all."""
     if not several():
         return f()
-    call = next(_CALLS)
+    call = call or new_call()
     if is_first():
         try:
-            _put(str(call), {"result": f()})
+            _put(call, {"result": f()})
         except UserError as error:
-            _put(str(call), {"faults": error.args})
-    said = _take(str(call))
+            _put(call, {"faults": error.args})
+    said = _take(call)
     if "faults" in said:
         raise UserError(*said["faults"])
     return said["result"]
@@ -270,6 +276,22 @@ def _take(name: str):
                 raise
 
 
+def tell(done: int, *, since: float) -> None:
+    """How many steps this process has done, and how many seconds ago the last: for whoever asks `told`."""
+    if several():
+        me = distributed.global_state.process_id
+        _put(f"told/{me}", {"host": socket.gethostname(), "done": done, "since": since, "at": time.time()})
+
+
+def told() -> list[dict]:
+    """What each process told last, with "silent", how many seconds ago that was; none of a process that never did."""
+    if not several():
+        return []
+    found = distributed.global_state.client.key_value_dir_get("moe_embed/told/")
+    rows = [{"process": int(key.rpartition("/")[2])} | json.loads(value) for key, value in found]
+    return sorted((row | {"silent": time.time() - row["at"]} for row in rows), key=lambda row: row["process"])
+
+
 def failure() -> tuple[int, str] | None:
     """(exit code, sentences) of the first process known to have ended with an error; None if all is well."""
     if not several():
@@ -279,15 +301,23 @@ def failure() -> tuple[int, str] | None:
 
 
 def end(status: int, why: str) -> None:
-    """The last call of every process: with all well wait for the others, else tell them why, and exit here and now."""
+    """The last call of every process: without a `why` wait for the others, else tell them, and exit here and now."""
     if not several():
         return
-    if status == 0:
+    if not why:
         gather("done")
         _LEAVING.set()
         jax.distributed.shutdown()
         return
+    leave(status, why)
+
+
+def leave(status: int, why: str) -> typing.NoReturn:
+    """Exit here and now, from any thread; the other processes end with the same status, and this sentence."""
     _LEAVING.set()
+    if not several():
+        sys.stdout.flush()
+        os._exit(status)
     _leave(status, f"process {distributed.global_state.process_id} on {socket.gethostname()} ended: {why}")
 
 
@@ -299,6 +329,8 @@ def _watch() -> None:
         except (jax.errors.JaxRuntimeError, AttributeError):  # the coordinator has gone: jax itself ends this process
             return
         if said and not _LEAVING.is_set():
+            if said[0] == GONE:  # where this one stands is what whoever looks for the cause wants to know
+                faulthandler.dump_traceback(all_threads=True)
             print(f"error: {said[1]}", file=sys.stderr)
             _leave(*said)
 

@@ -5,17 +5,15 @@ is collected and reported together, one sentence a line, exit code 2. Beyond the
 `.get(key, default)` does not occur (tests/test_layering.py).
 """
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
-import math
 import pathlib
-import types
 import typing
 from collections.abc import Sequence
 
 import ml_collections
+
+from moe_embed import fields
 
 
 class UserError(Exception):
@@ -138,6 +136,10 @@ class Run:
     eval_every: int = 0  # steps between evaluations on data.dev; 0 is never
     save_every: int = 1000
     keep: int = 2  # verified checkpoints to keep
+    watchdog: int = (
+        3600  # seconds without a step (an evaluation, a save) after which a run is stuck, and ends; 0 is never
+    )
+    max_skips: int = 3  # steps of a run whose loss or gradient may be not finite: skipped; one more ends the run
     recompute: bool = (
         True  # encode again in the backward pass: 4/3 of the FLOPs, one micro-batch of activations (GradCache)
     )
@@ -203,10 +205,10 @@ def from_dict(tree: dict, *, faults: Sequence[str] = ()) -> Config:
         if not isinstance(values, dict):
             faults.append(f"config.{name} is {values!r}; it is a section with keys of its own.")
             continue
-        sections[name] = _build(kind, values, name, faults)
+        sections[name] = fields.build(kind, values, name, faults, choices=CHOICES)
     for key in tree:
         if key not in SECTIONS:
-            faults.append(f"config.{key} is not a section{_did_you_mean(key, SECTIONS)}")
+            faults.append(f"config.{key} is not a section{fields.did_you_mean(key, SECTIONS)}")
     if set(sections) == set(SECTIONS) and None not in sections.values():  # else a missing key is fault enough
         faults += _contradictions(Config(**sections))
     if faults:
@@ -217,7 +219,7 @@ def from_dict(tree: dict, *, faults: Sequence[str] = ()) -> Config:
 def section(name: str, values: dict):
     """One section of a config ("encoder") from a plain dict; raises UserError with all its faults."""
     faults: list[str] = []
-    built = _build(SECTIONS[name], values, name, faults)
+    built = fields.build(SECTIONS[name], values, name, faults, choices=CHOICES)
     if faults:
         raise UserError(*faults)
     return built
@@ -228,11 +230,6 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
-def _did_you_mean(key: str, known) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}."
-
-
 def _apply_override(tree: dict, override: str, faults: list[str]) -> None:
     name, equals, text = override.partition("=")
     keys = name.removeprefix("--config.").split(".")
@@ -241,79 +238,17 @@ def _apply_override(tree: dict, override: str, faults: list[str]) -> None:
         return
     section, key = keys
     if section not in SECTIONS:
-        faults.append(f"config.{section} is not a section{_did_you_mean(section, SECTIONS)}")
+        faults.append(f"config.{section} is not a section{fields.did_you_mean(section, SECTIONS)}")
         return
     kinds = typing.get_type_hints(SECTIONS[section])
     if not isinstance(tree.setdefault(section, {}), dict):
         return  # reported as no section
     if key in kinds:
-        tree.setdefault(section, {})[key] = _parse(text, kinds[key])
+        tree.setdefault(section, {})[key] = fields.parse(text, kinds[key])
         if (section, key) == ("data", "sources"):
             tree["data"].pop("weights", None)  # they were another list's
     else:  # reported with the other unknown keys
         tree.setdefault(section, {})[key] = text
-
-
-def _parse(text: str, kind: type):
-    """An override's text as a value of `kind`; left a string where it is none, for `_fits` to complain about."""
-    if kind is str:
-        return text
-    if kind is float and text == "inf":  # a preset's clip_norm
-        return math.inf
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {"true": True, "false": False}[text] if text in ("true", "false") else text
-    if typing.get_origin(kind) is tuple and not isinstance(value, tuple | list):
-        return tuple(part for part in text.split(",") if part) if typing.get_args(kind)[0] is str else (value,)
-    return value
-
-
-def _build(kind: type, values: dict, section: str, faults: list[str]):
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    good = {}
-    for key, value in values.items():
-        where = f"config.{section}.{key}"
-        if key not in fields:
-            faults.append(f"{where} is not a key{_did_you_mean(key, fields)}")
-        elif not _fits(value, hints[key]):
-            faults.append(f"{where} is {value!r}; it must be {_name(hints[key])}.")
-        else:
-            good[key] = _cast(value, hints[key])
-            allowed = CHOICES[f"{section}.{key}"] if f"{section}.{key}" in CHOICES else (value,)
-            if value not in allowed:
-                faults.append(f"{where} is {value!r}; it must be one of {', '.join(a or repr(a) for a in allowed)}.")
-    for key, field in fields.items():
-        if key not in values and field.default is dataclasses.MISSING:
-            faults.append(f"config.{section}.{key} is missing; it must be {_name(hints[key])}.")
-    return (
-        kind(**good) if all(f.name in good or f.default is not dataclasses.MISSING for f in fields.values()) else None
-    )
-
-
-def _fits(value, kind) -> bool:
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple | list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
-    if kind is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _cast(value, kind):
-    if typing.get_origin(kind) is tuple:
-        return tuple(_cast(item, typing.get_args(kind)[0]) for item in value)
-    return float(value) if kind is float else value
-
-
-def _name(kind) -> str:
-    if isinstance(kind, types.GenericAlias):
-        return {str: "a list of strings", float: "a list of numbers", int: "a list of integers"}[
-            typing.get_args(kind)[0]
-        ]
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]
 
 
 def _contradictions(c: Config) -> list[str]:
@@ -387,7 +322,7 @@ def _contradictions(c: Config) -> list[str]:
         "data": ("num_negatives", "smoothing", "batch_size"),  # 0: held_out.fit
         "moe": ("num_experts",),
         "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
-        "run": ("seed", "eval_every", "steps"),
+        "run": ("seed", "eval_every", "steps", "max_skips", "watchdog"),
         "encoder": ("position_offset", "num_positions"),
     }
     for section, keys in not_negative.items():

@@ -37,9 +37,9 @@ class Writer:
     def __init__(self, workdir: pathlib.Path | None, *, first_step: int, last_step: int):
         self.path = workdir / "metrics.jsonl" if workdir else pathlib.Path(os.devnull)
         self.evaluations = workdir / "evaluations.jsonl" if workdir else pathlib.Path(os.devnull)
-        _keep(self.path, first_step - 1)
-        _keep(self.evaluations, first_step)
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+        keep(self.path, first_step - 1)
+        keep(self.evaluations, first_step)
+        self._waiting = {self.path: "", self.evaluations: ""}  # what could not be written
         self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout,
                               mininterval=0.5 if sys.stdout.isatty() else 15.0)  # fmt: skip
         self._shown: dict[str, str] = {}
@@ -51,16 +51,19 @@ class Writer:
         row = {"step": step, **row, "seconds": now - self._last}
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
         self._last = now
-        self._file.write(json.dumps(row) + "\n")
+        self._add(self.path, row)
         self._show(row)
         self._bar.update()
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Write held-out figures, as a row of their own after a step's."""
-        with open(self.evaluations, "a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._add(self.evaluations, {"step": step, **figures})
         self._show(figures)
         self.lap()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step's held-out figures are written."""
+        return any(row["step"] == step for row in read(self.evaluations))
 
     def lap(self) -> None:
         """Begin the next step's time now: what went before (an evaluation, a compilation) is nobody's step."""
@@ -74,9 +77,22 @@ class Writer:
         return self
 
     def __exit__(self, *_) -> None:
-        """Finish the bar and the file."""
+        """Finish the bar."""
         self._bar.close()
-        self._file.close()
+        for path, text in self._waiting.items():
+            if text:
+                print(f"warning: {text.count(chr(10))} rows were never written to {path}.")
+
+    def _add(self, path: pathlib.Path, row: dict) -> None:
+        """Write a row. Where that fails, on a full disk, it waits for the next one's try: training goes on."""
+        before = self._waiting[path]
+        self._waiting[path] += json.dumps(row) + "\n"
+        try:
+            append(path, self._waiting[path])
+            self._waiting[path] = ""
+        except OSError as error:
+            if not before:
+                self.say(f"warning: {path} cannot be written ({error.strerror}); its rows wait, and training goes on.")
 
     def _show(self, row: dict[str, float]) -> None:
         for name, label in SHOWN.items():
@@ -86,8 +102,20 @@ class Writer:
         self._bar.set_postfix(self._shown, refresh=False)
 
 
-def _keep(path: pathlib.Path, last_step: int) -> None:
-    """Drop the rows after `last_step`: they will be written again."""
+def append(path: pathlib.Path, text: str) -> None:
+    """All of `text` at the end of a file, or, with an OSError, nothing of it."""
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError:
+        if path.is_file():
+            os.truncate(path, size)
+        raise
+
+
+def keep(path: pathlib.Path, last_step: int) -> None:
+    """Drop the rows of a .jsonl file after `last_step`: they will be written again."""
     if not path.is_file():
         return
     kept = [row for row in read(path) if row["step"] <= last_step]

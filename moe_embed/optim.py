@@ -64,3 +64,9 @@ def _clipped_adamw(c: config_lib.Optim, *, steps: int) -> optax.GradientTransfor
             mask=decays,
         ),
     )
+
+
+def keep_if(good: jax.Array, new, old):
+    """`new` where the scalar `good` holds, else `old`; counts of steps go on: the learning rate is the step's either way."""
+    count = lambda x: jnp.issubdtype(x.dtype, jnp.integer)  # noqa: E731
+    return jax.tree.map(lambda n, o: n if count(n) else jnp.where(good, n, o), new, old)

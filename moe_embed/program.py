@@ -82,10 +82,14 @@ def build(config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_ids: int | 
     def step(state: dict, batch: dict):
         (loss, metrics), gradients = loss_and_gradients(state["params"], batch)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        norm = optax.global_norm(gradients)  # of all devices' gradients: one bad number anywhere shows
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params = optim.keep_if(finite, optax.apply_updates(state["params"], updates), state["params"])
+        optimizer_state = optim.keep_if(finite, optimizer_state, state["optimizer"])
         metrics |= {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": norm,
+            "skipped": 1.0 - finite,
             "learning_rate": optim.schedule(config.optim, steps=config.run.steps)(state["step"]),
         }
         return {"step": state["step"] + 1, "params": params, "optimizer": optimizer_state}, metrics

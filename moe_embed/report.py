@@ -68,9 +68,12 @@ def training(workdir: pathlib.Path) -> str:
     rows = metrics.read(workdir / "metrics.jsonl")
     if not rows:
         return f"{workdir} has no metrics yet."
-    lines = [f"{len(rows)} steps"]
+    skipped = sum(not np.isfinite(row["loss"]) for row in rows)
+    lines = [f"{len(rows)} steps" + (f", {skipped} of them not finite" if skipped else "")]
     for name in ("loss", "accuracy", "tokens_per_second"):
-        values = np.array([row[name] for row in rows])
+        values = np.array([row[name] for row in rows if np.isfinite(row["loss"])])
+        if not len(values):
+            return f"{len(rows)} steps, and none of them finite."
         lines.append(f"{name:<18} {sparkline(values)} {values[0]:,.3f} -> {values[-1]:,.3f}")
     evaluations = metrics.read(workdir / "evaluations.jsonl")
     if evaluations:

@@ -1,8 +1,10 @@
 """What a run may continue with: the config, the beginning and the data it began with, in the workdir it began in."""
 
+import contextlib
 import pathlib
+import shutil
 
-from moe_embed import checkpoint
+from moe_embed import checkpoint, metrics
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
 from moe_embed.load import DESCRIPTION, Description, read_description
@@ -15,6 +17,8 @@ MAY_CHANGE = (
     "run.eval_every",
     "run.save_every",
     "run.keep",
+    "run.max_skips",
+    "run.watchdog",
     "run.recompute",
     "data.dev",
     "data.rows",
@@ -40,14 +44,26 @@ def same_beginning(
     return before.init_from
 
 
+def workdir_of(text: str) -> pathlib.Path:
+    """A --workdir. UserError for an object store's address, of which a path would make a folder of that name here."""
+    if "://" in text:
+        raise UserError(
+            f"--workdir={text} is an object store, and rows are added to a workdir's files; mount it (gcsfuse, s3fs) "
+            "and name the mounted folder."
+        )
+    return pathlib.Path(text)
+
+
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
     """Make or recognise the workdir. UserError if it cannot be written, or holds checkpoints of another config."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "writable").touch()
-        (workdir / "writable").unlink()
+        (workdir / "writable").write_bytes(bytes(65536))  # on a full disk an empty file can still be made
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            (workdir / "writable").unlink()
     if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
         before = read_description(workdir)
         if before.config is None:
@@ -55,6 +71,22 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
                 f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}."
             )
         refuse_changes(before.config, config, workdir)
+
+
+def say_if_begun(workdir: pathlib.Path) -> None:
+    """A run that begins where another has been says so: its checkpoints were removed, or it was killed before the first."""
+    rows = metrics.read(workdir / "metrics.jsonl")
+    if rows:
+        print(f"starting over in {workdir}: it has rows up to step {rows[-1]['step']}, and no checkpoint.")
+
+
+def check_space(workdir: pathlib.Path, num_bytes: int) -> None:
+    """UserError where the next checkpoint, of so many bytes, would not fit beside those that are there."""
+    free = shutil.disk_usage(workdir).free
+    if free < num_bytes:
+        raise UserError(
+            f"--workdir={workdir} has {free / 2**30:.2f} GiB free, and a checkpoint takes {num_bytes / 2**30:.2f} GiB; make room."
+        )
 
 
 def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:

@@ -5,31 +5,38 @@
     python -m moe_embed.train --config=configs/nomic_v2/finetune.py:tiny --init_from=MODEL --workdir=runs/finetuned
 
 The workdir describes itself: workdir.json (config, prompts, versions), tokenizer.model, metrics.jsonl, evaluations.jsonl,
-checkpoints/<step>. MLM, pretraining and finetuning are this one loop with another config.
+checkpoints/<step>, skipped.jsonl (steps that were not finite). MLM, pretraining and finetuning are this one loop with another config.
+
+Exit status: 0 done; 2 a fault of the user's; 75 preempted (SIGTERM: it has saved) and 76 another process is gone or stuck, or
+this one (config.run.watchdog): run the same command again.
 """
 
 import argparse
-import dataclasses
 import pathlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from moe_embed import (
     agreement,
+    beginning,
     checkpoint,
     cluster,
+    health,
     held_out,
     metrics,
     optim,
+    preemption,
     program,
     retrieval,
     run_data,
     same_run,
+    saving,
     sharding,
     verb,
+    watchdog,
 )
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
@@ -38,7 +45,6 @@ from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import (
     DESCRIPTION,
-    Description,
     Model,
     find_tokenizer,
     load,
@@ -46,36 +52,42 @@ from moe_embed.load import (
     read_description,
     write_description,
 )
-from moe_embed.model import mlm_head
 
 WARM_UP = 2  # steps before a trace: they compile
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m moe_embed.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a config file, as in configs/demo.py or configs/demo.py:tiny")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="made if absent, continued if not")
+    parser.add_argument("--workdir", required=True, type=same_run.workdir_of, help="made if absent, continued if not")
     parser.add_argument("--init_from", help="start from this model: its parameters, shape, tokenizer and prompts")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="N", help="trace N steps to WORKDIR/profile, for xprof"
+    )
+    parser.add_argument(
+        "--strict_restore",
+        action="store_true",
+        help="end where the newest checkpoint does not verify, instead of going back",
     )
     cluster.add_flags(parser)
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.profile < 0:
         raise UserError(f"--profile={arguments.profile} must be a number of steps.")
+    preemption.nothing_to_save()
     cluster.start(
         coordinator=arguments.coordinator, num_processes=arguments.num_processes, process_id=arguments.process_id
     )
     explicit = {override.partition("=")[0].removeprefix("--config.") for override in overrides}
     config = config_lib.load(arguments.config, overrides)
-    train(
+    return train(
         config,
         workdir=arguments.workdir,
         init_from=arguments.init_from,
         explicit=explicit,
         profile=arguments.profile,
+        strict_restore=arguments.strict_restore,
     )
 
 
@@ -86,8 +98,11 @@ def train(
     init_from: str | None = None,
     explicit: Collection[str] = (),
     profile: int = 0,
-) -> None:
+    strict_restore: bool = False,
+) -> int:
     """Run `config` to its last step in `workdir`, from the newest verified checkpoint if there is one.
+
+    Returns the exit status: 0, or preemption.STATUS where it was told to stop and has saved.
 
     A run that begins takes parameters, shape, tokenizer and prompts from the model at `init_from`, if one is named;
     `explicit` are the names ("encoder.dim") that the user set and that must then agree. A run that continues has its own.
@@ -97,7 +112,7 @@ def train(
     agreement.check(config, others={"--workdir": str(workdir), "--init_from": init_from})
     mesh = sharding.make_mesh(config.mesh)
     checkpoints = workdir / "checkpoints"
-    first = checkpoint.newest_verified(checkpoints, say=print)
+    first = checkpoint.newest_verified(checkpoints, say=print, strict=strict_restore)
     prompts, base, tokenizer = prompts_of(config), None, None
     before = read_description(workdir) if (workdir / DESCRIPTION).is_file() else None
     init_from = same_run.same_beginning(before, init_from, workdir, begun=first is not None)
@@ -105,7 +120,7 @@ def train(
         if first is None:
             before = base = load(init_from, mesh=mesh)
         origin, tokenizer = (init_from, base.tokenizer) if base else (str(workdir), find_tokenizer(workdir))
-        config, prompts = inherit(config, before, origin=origin, explicit=explicit)
+        config, prompts = beginning.inherit(config, before, origin=origin, explicit=explicit)
         if (
             "data.tokenizer" in explicit
             and tokenizer_lib.read(config.data.tokenizer).model_bytes != tokenizer.model_bytes
@@ -118,15 +133,17 @@ def train(
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
     say_what_will_run(config, prog, batches, held)
     cluster.on_first(lambda: same_run.check_workdir(config, workdir))
+    cluster.on_first(lambda: same_run.check_space(workdir, checkpoint.num_bytes(prog.abstract_state)))
 
     if first is None:
-        state, first = prog.init(parameters_of(base, prog, batches)), 0
+        cluster.on_first(lambda: same_run.say_if_begun(workdir))
+        state, first = prog.init(beginning.parameters_of(base, prog, batches)), 0
         del base  # its parameters are the state's now
     else:
         same_run.check_fingerprint(checkpoint.facts(checkpoints, first), batches.fingerprint, workdir)
         if first >= config.run.steps:
             print(f"{workdir} is finished: step {first} of {config.run.steps}, verified. Nothing to do.")
-            return
+            return 0
         print(f"continuing {workdir} from step {first} of {config.run.steps}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
     cluster.on_first(lambda: write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from))
@@ -134,44 +151,72 @@ def train(
 
     started = time.perf_counter()
     writes_to = workdir if cluster.is_first() else None
-    with metrics.Writer(writes_to, first_step=first, last_step=config.run.steps) as writer:
+    looking = health.Health(writes_to, first_step=first, max_skips=config.run.max_skips)
+    with (
+        metrics.Writer(writes_to, first_step=first, last_step=config.run.steps) as writer,
+        saving.Saver(checkpoints, facts=batches.fingerprint, keep=config.run.keep, say=writer.say) as saver,
+        preemption.heard() as told_to_stop,
+        watchdog.Watchdog(config.run.watchdog) as watching,
+    ):
         measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
         search = lambda: per_query(model_of(prog, state, tokenizer, prompts), held)  # noqa: E731
         if held and first == 0:
             before = search()
             writer.say(f"held out: nDCG@10 {100 * np.mean(list(before.values())):.1f} before training.")
             cluster.on_first(lambda: held_out.remember(workdir, before))
-        if tasks and first == 0 and config.run.eval_every:
-            writer.evaluation(0, measure())  # what the run begins with: else nobody knows what it was good for
+        if (
+            tasks
+            and due(first, config.run.eval_every, config)
+            and not cluster.on_first(lambda: writer.evaluated(first))
+        ):
+            writer.evaluation(first, measure())  # what the run begins with, or what a preempted one had no time for
+        if told_to_stop(first):
+            return preemption.STATUS
         step_of_size = {}  # compiled, by the number of micro-batches
         unwritten = None  # the step before: its metrics are fetched while the device runs this one
+        owed = False  # a checkpoint
+        record = lambda *step: write_row(writer, looking, batches.names, *step)  # noqa: E731
         steps = enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first)
         for step, batch in traced(steps, workdir / "profile", count=profile if cluster.is_first() else 0):
             arrays = sharding.put_batch(batch.arrays, mesh=mesh)  # every process has made the whole batch
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:
                 if unwritten is not None:
-                    write_row(writer, *unwritten)
+                    record(*unwritten)
                     unwritten = None
+                watching.beat(step, more=watchdog.COMPILING)
                 step_of_size[num_micro] = compile_step(prog, state, arrays, writer)
             state, device_metrics = step_of_size[num_micro](state, arrays)
             if unwritten is not None:
-                write_row(writer, *unwritten)
+                record(*unwritten)
             unwritten = step, device_metrics, batch
             done = step + 1
-            save, look = due(done, config.run.save_every, config), tasks and due(done, config.run.eval_every, config)
-            if save or look:
-                write_row(writer, *unwritten)  # before the save: a loss that is not finite is never kept
+            last, stop = done == config.run.steps, told_to_stop(done)
+            owed = owed or stop or saver.wants_again() or due(done, config.run.save_every, config)
+            look = tasks and due(done, config.run.eval_every, config) and (last or not stop)
+            finite = True
+            if owed or look:
+                finite = record(*unwritten)
                 unwritten = None
             if look:  # before the save: a step that counts as saved has its evaluation
+                watching.beat(done)
                 writer.evaluation(done, measure())
-            if save:
-                checkpoint.save(checkpoints, state, facts=batches.fingerprint, keep=config.run.keep)
+                watching.beat(done)
+            if owed and (finite or last or stop):  # else the parameters may be what is wrong: the next step tells
+                owed = False
+                (saver.save_now if last or stop else saver.save)(state)
                 writer.lap()
+            watching.beat(done)
+            if stop and not last:
+                writer.say(
+                    f"stopped after step {done} of {config.run.steps}, which is saved; the same command continues."
+                )
+                return preemption.STATUS
         after = search() if held else {}
     print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
     if held:
         cluster.on_first(lambda: print(held_out.conclude(workdir, after)))
+    return 0
 
 
 def traced(items: Iterable, folder: pathlib.Path, *, count: int) -> Iterator:
@@ -191,56 +236,6 @@ def traced(items: Iterable, folder: pathlib.Path, *, count: int) -> Iterator:
         if tracing:
             jax.profiler.stop_trace()
             print(f"traced to {folder}, up to the end of the run; look at it with xprof.")
-
-
-def inherit(
-    config: Config, base: Model | Description, *, origin: str, explicit: Collection[str]
-) -> tuple[Config, dict[str, str]]:
-    """`config` with the encoder, the mixture and the prompts of the model it starts from, and all of its prompts.
-
-    Says what the config had otherwise. Its dtype stays: it is how the run computes, not what the model is; and so does
-    max_seq_length where it was set explicitly. UserError names each other key that was set explicitly and disagrees.
-    """
-    kept = {"dtype": config.encoder.dtype}
-    if "encoder.max_seq_length" in explicit:
-        kept["max_seq_length"] = config.encoder.max_seq_length
-    ours = {"query": "query_prompt", "document": "document_prompt"}
-    prompts = {task: text for task, text in base.prompts.items() if text}  # an empty one says nothing
-    data = dataclasses.replace(config.data, **{ours[task]: text for task, text in prompts.items() if task in ours})
-    theirs = dict(encoder=dataclasses.replace(base.encoder, **kept), moe=base.moe, data=data)
-    faults, inherited = [], []
-    for section, values in theirs.items():
-        for field in dataclasses.fields(values):
-            asked, found = getattr(getattr(config, section), field.name), getattr(values, field.name)
-            name = f"{section}.{field.name}"
-            if asked != found and name in explicit:
-                faults.append(f"--config.{name}={asked!r} disagrees with {origin}, which has {found!r}; leave it out.")
-            elif asked != found:
-                inherited.append(f"{field.name} {found!r} (config: {asked!r})")
-    if faults:
-        raise UserError(*faults)
-    if inherited and isinstance(base, Model):
-        print(f"of {origin}: {', '.join(inherited)}")
-    config = dataclasses.replace(config, **theirs)
-    return config_lib.from_dict(config_lib.to_dict(config)), prompts_of(config) | prompts  # checked again as a whole
-
-
-def parameters_of(base: Model | None, prog: program.Program, batches) -> dict:
-    """What a run begins with: the parameters of the model it starts from, or fresh ones.
-
-    A head of masked language modelling is left out where it has no part. A fresh one begins as the unigram model, its bias
-    the pieces' log frequencies: the first steps then learn what context says, not how common a piece is.
-    """
-    params = prog.init()["params"] if base is None else dict(base.params)
-    wants_head = "head" in prog.abstract_state["params"]
-    if wants_head and (base is None or "head" not in params):
-        print("mlm head    fresh, at the pieces' log frequencies")
-        head = mlm_head.init(prog.config.encoder, key=jax.random.key(prog.config.run.seed))
-        params["head"] = head | {"b_V": batches.log_frequency_V}
-    elif "head" in params and not wants_head:
-        print("mlm head    left out: this objective does not use it")
-        del params["head"]
-    return params
 
 
 def due(done: int, every: int, config: Config) -> bool:
@@ -282,14 +277,25 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
     print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
 
 
-def write_row(writer: metrics.Writer, step: int, device_metrics: dict, batch: batches_lib.Batch) -> None:
-    """Fetch a finished step's metrics and write them. UserError if its loss is not finite."""
+def write_row(
+    writer: metrics.Writer,
+    looking: health.Health,
+    names: Callable[[int], Sequence[str]],
+    step: int,
+    device_metrics: dict,
+    batch: batches_lib.Batch,
+) -> bool:
+    """Fetch a finished step's metrics, write them, and say what is wrong with them. Whether the step changed parameters.
+
+    UserError where too many steps of the run did not.
+    """
     row = metrics.scalars(device_metrics)
-    if not np.isfinite(row["loss"]):
-        raise UserError(
-            f"the loss of step {step} is {row['loss']} (batch from {batch.source}); lower the learning rate."
-        )
+    if "router_load_RE" in device_metrics:
+        row |= health.of_router(np.asarray(device_metrics["router_load_RE"]))
     writer.step(step, row | batch.counts)
+    for sentence in looking.look(step, row, source=batch.source, names=names):
+        writer.say(sentence)
+    return not row["skipped"]
 
 
 def model_of(prog: program.Program, state: dict, tokenizer, prompts: dict[str, str]) -> Model:

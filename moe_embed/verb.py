@@ -1,5 +1,6 @@
 """How every verb starts and ends: jax set up once, exit 0 or 2 with one clear sentence, no traceback for a user's fault."""
 
+import errno
 import os
 import pathlib
 import sys
@@ -8,6 +9,8 @@ import typing
 from collections.abc import Callable, Sequence
 
 from moe_embed.config import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # whoever runs it can mend that
 
 
 def check_output(path: pathlib.Path, flag: str) -> None:
@@ -58,11 +61,20 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
                 file=sys.stderr,
             )
             status = 2
+        elif isinstance(error, OSError) and error.errno in FULL:
+            status, why = (
+                2,
+                f"{error.strerror}{f': {error.filename}' if error.filename else ''}; make room, or name another place.",
+            )
+            print(f"error: {why}", file=sys.stderr)
         elif cluster.failure():  # another process has left, and a collective with it
             status, why = cluster.failure()
             print(f"error: {why}", file=sys.stderr)
         elif cluster.several() and "Gloo" in str(error):
-            why = f"a collective broke: a process is gone without a word, killed or with its machine ({why})"
+            status, why = (
+                cluster.GONE,
+                f"a collective broke: a process is gone without a word, killed or with its machine ({why})",
+            )
             print(f"error: {why}", file=sys.stderr)
         elif cluster.several():
             traceback.print_exc()

@@ -128,13 +128,20 @@ def edit_manifest(folder, **changes):
 
 
 DAMAGES = {
-    "no manifest": (lambda f: (f / "20" / checkpoint.MANIFEST).unlink(), "has no manifest: the save did not finish"),
+    "no manifest": (
+        lambda f: (f / "20" / checkpoint.MANIFEST).unlink(),
+        "has no manifest: it is unfinished, or none of ours",
+    ),
     "empty step": (lambda f: (shutil.rmtree(f / "20"), (f / "20").mkdir()), "has no manifest"),
     "empty manifest": (lambda f: (f / "20" / checkpoint.MANIFEST).write_text(""), "digest mismatch"),
     "list manifest": (lambda f: (f / "20" / checkpoint.MANIFEST).write_text("[]"), "digest mismatch"),
     "facts edited": (lambda f: edit_manifest(f, facts={"seed": 5}), "digest mismatch"),
     "files edited": (lambda f: edit_manifest(f, files={}), "digest mismatch"),
     "digest edited": (lambda f: edit_manifest(f, digest="0" * 32), "digest mismatch"),
+    "a copy under another number": (
+        lambda f: (shutil.rmtree(f / "20"), shutil.copytree(f / "10", f / "20")),
+        "is a copy of step 10",
+    ),
     "binary manifest": (lambda f: (f / "20" / checkpoint.MANIFEST).write_bytes(b"\xff\xfe"), "digest mismatch"),
     "extra file": (lambda f: (f / "20" / "extra").touch(), "lacks or has too many files: extra"),
     "part missing": (lambda f: shutil.rmtree(f / "20" / "params"), "lacks or has too many files"),
@@ -150,6 +157,61 @@ def test_a_damaged_step_is_passed_over_and_named(folder, kind):
     assert step == 10
     assert said.startswith("checkpoint 20 is passed over: ")
     assert words in said
+
+
+def test_strict_restore_passes_over_nothing(folder):
+    assert checkpoint.newest_verified(folder, say=print, strict=True) == 20
+    (folder / "20" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"checkpoint 20 does not verify: .*no manifest.*without --strict_restore"):
+        checkpoint.newest_verified(folder, say=print, strict=True)
+
+
+def signed(folder, **changes):
+    """The manifest of step 20 as another version would have written it."""
+    path = folder / "20" / checkpoint.MANIFEST
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "digest"} | changes
+    manifest = {name: value for name, value in manifest.items() if value is not None}
+    checkpoint._write_manifest(path.parent, manifest)
+
+
+def test_a_newer_schema_is_refused_and_none_is_from_before_there_was_one(folder, mesh):
+    state = small_state(20, mesh)
+    signed(folder, schema=None, step=None, arrays=None)
+    assert newest(folder) == (20, "")
+    assert_same(checkpoint.restore(folder, 20, abstract_state=abstract(state)), state)
+    signed(folder, schema=checkpoint.SCHEMA + 1)
+    with pytest.raises(UserError, match=r"20 was written by a newer moe_embed \(schema 2; this one reads 1\)"):
+        newest(folder)
+
+
+def test_other_arrays_are_refused_by_name_and_another_dtype_is_said(folder, mesh, capsys):
+    def asked(**changes):
+        wanted = abstract(small_state(20, mesh))["params"]
+        return wanted | {name: value for name, value in changes.items() if value is not None}
+
+    struct = lambda shape, dtype: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=abstract(small_state(20, mesh))["params"]["scale_D"].sharding
+    )
+    for changes, words in (
+        ({"scale_D": struct((24,), np.float32)}, r"params/scale_D is \[16\], not \[24\]"),
+        ({"bias_D": struct((16,), np.float32)}, "params/bias_D is not in it"),
+        ({"moe": {}}, "it has params/moe/w_up_EDF, which is not asked for"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.restore_params(folder, 20, abstract_params=asked(**changes))
+    assert capsys.readouterr().out == ""
+    low = checkpoint.restore_params(folder, 20, abstract_params=asked(scale_D=struct((16,), jnp.bfloat16)))
+    assert low["scale_D"].dtype == jnp.bfloat16
+    assert "params/scale_D from float32 to bfloat16" in capsys.readouterr().out
+
+
+def test_what_a_save_that_was_cut_off_left_is_removed_and_nothing_else(folder):
+    strays = ("30.saving", "30.saving.orbax-checkpoint-tmp", "30.orbax-checkpoint-tmp-123")
+    others = ("notastep", "40", "x.saving")
+    for name in (*strays, *others):
+        (folder / name).mkdir()
+    checkpoint.clean(folder)
+    assert {p.name for p in folder.iterdir()} == {"10", "20", *others}
 
 
 def test_nothing_is_started_afresh_in_silence(folder, tmp_path):

@@ -16,21 +16,21 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"))]  # what `import` can find
 
 LAYERS = (
-    {"config", "verb", "metrics", "cluster", "agreement", "batcher"},
+    {"config", "verb", "metrics", "cluster", "agreement", "fields", "watchdog", "preemption", "batcher"},
     {"data", "data.sources", "data.pairs", "data.tables", "data.tally", "data.inputs", "data.prepared", "data.hygiene", "data.spool", "data.tokenizer", "data.mixture", "data.batches", "data.sizes", "data.mlm_batches", "data.origin", "data.vocabulary"},
     {"sharding"},
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "significance", "bm25", "quantize", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "protocol", "mteb_model", "same_run", "held_out", "hlo", "hlo_count",
-     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "run_data"},
+     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "run_data"},
     {""},  # moe_embed/__init__.py: the public names
     {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "serve", "soup", "upcycle", "doctor", "mteb_benchmark", "paper_table", "worth", "prepare"},  # the verbs
 )  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FENCES = {
     "flax": {"model/layers.py", "model/moe.py", "model/encoder.py", "load.py"},  # load.write_description: its version
-    "orbax": {"checkpoint.py", "load.py"},  # the same
+    "orbax": {"checkpoint.py", "saving.py", "load.py"},  # the same
     "sentencepiece": {"data/tokenizer.py", "data/vocabulary.py", "tokenizer_json.py", "sample/make.py"},
     "tokenizers": {"data/tokenizer.py", "tokenizer_json.py"},
     "ml_collections": {"config.py"},

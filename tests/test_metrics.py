@@ -1,6 +1,9 @@
 """What a run writes down: a row a step, kept over a resume, readable after a crash."""
 
+import errno
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +84,46 @@ def test_a_last_line_cut_short_is_left_out(tmp_path):
         assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1]
     write(tmp_path, [2], first=2)
     assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_rows_wait_while_the_disk_is_full_and_no_line_is_cut(tmp_path, monkeypatch, capsys):
+    plain, full = metrics.append, []
+
+    def append(path, text):
+        if full:
+            with open(path, "a") as file:
+                file.write("")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(path, text)
+
+    monkeypatch.setattr(metrics, "append", append)
+    with metrics.Writer(tmp_path, first_step=0, last_step=6) as writer:
+        for step in range(6):
+            full[:] = [step] if step in (2, 3, 5) else []
+            writer.step(step, {"loss": float(step), "tokens": 1.0})
+            assert len(metrics.read(tmp_path / "metrics.jsonl")) == (1, 2, 2, 2, 5, 5)[step]
+    out = capsys.readouterr().out
+    assert out.count("cannot be written (No space left on device)") == 2
+    assert f"warning: 1 rows were never written to {tmp_path / 'metrics.jsonl'}." in out
+
+
+def test_what_cannot_be_written_whole_is_not_written(tmp_path):
+    """A file that may not grow further, for real: in a child, whose limit it is."""
+    path = tmp_path / "rows"
+    code = f"""
+import pathlib, resource
+from moe_embed import metrics
+path = pathlib.Path({str(path)!r})
+metrics.append(path, "a" * 60)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    metrics.append(path, "b" * 60)
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "File too large\n"
+    assert path.read_text() == "a" * 60
 
 
 def test_no_file_is_no_rows(tmp_path):

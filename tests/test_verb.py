@@ -1,5 +1,6 @@
 """How a verb ends: an exit code, sentences on stderr, and jax set up as the machine needs it."""
 
+import errno
 import io
 import os
 import subprocess
@@ -43,8 +44,10 @@ def test_what_main_returns_is_the_exit_code(returned, code, monkeypatch, capsys)
         (KeyboardInterrupt(), 130, "\nstopped.\n"),
         (RuntimeError("Unable to initialize backend 'tpu': none"), 2,
          "error: jax finds no device for JAX_PLATFORMS=tpu: Unable to initialize backend 'tpu': none\n"),
+        (OSError(errno.ENOSPC, "No space left", "w/a"), 2,
+         "error: No space left: w/a; make room, or name another place.\n"),
     ],
-    ids=["a sentence", "two sentences", "ctrl-c", "no device"],
+    ids=["a sentence", "two sentences", "ctrl-c", "no device", "a full disk"],
 )  # fmt: skip
 def test_a_fault_of_the_user_is_sentences_and_a_code(error, code, said, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")

@@ -205,6 +205,13 @@ class Batches:
         counts = {"useful": float((arrays["segments_MBL"] > 0).mean()), "cut_queries": cut[0], "cut_documents": cut[1]}
         return Batch(arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
 
+    def names(self, step: int) -> list[str]:
+        """Each pair of step `step`, for a person: its place in the source, counted from 0 among those kept, and id or query."""
+        which, places = self.mixture.batch_at(step)
+        members = self.groups[which].members[places]
+        pairs = self.sources[self.groups[which].source].take(members)
+        return [f"{i} {pair.id or pair.query}" for i, pair in zip(members, pairs, strict=True)]
+
     def _texts(self, step: int):
         """Group of step `step`, its (pair, place in the source), ids of queries [N] and of documents [N * (1 + h)] positive
         first, the documents' numbers, and the cuts."""

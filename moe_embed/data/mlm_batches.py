@@ -84,6 +84,11 @@ class MlmBatches:
         counts = {"useful": float((segments_BL > 0).mean()), "unigram_entropy": self.unigram_entropy}
         return batches.Batch(named, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
 
+    def names(self, step: int) -> list[str]:
+        """Each packed row of step `step`, by its place in the source, counted from 0."""
+        which, rows = self.mixture.batch_at(step)
+        return [str(i) for i in self.groups[which].members[rows]]
+
     def _pack_source(self, source: Texts) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Tokens and segments [rows, L] of a source, and each row's language: one row, one language, where that counts."""
         langs = np.asarray(source.langs if self.c.by_language else [""] * len(source), dtype=str)

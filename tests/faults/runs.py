@@ -1,0 +1,90 @@
+"""Small runs as processes of their own, to be disturbed."""
+
+import hashlib
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from moe_embed import checkpoint, metrics
+from moe_embed.load import load
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODULE = ("-m", "moe_embed.train")
+
+
+def flags(pairs: pathlib.Path, *overrides: str) -> list[str]:
+    """A run of milliseconds a step."""
+    given = [f"data.sources={pairs}", "data.batch_size=16", "data.rows=24", "optim.warmup_steps=2", "encoder.dim=16",
+             "encoder.ffn_dim=16", *overrides]  # fmt: skip
+    return ["--config=configs/demo.py:tiny", *(f"--config.{override}" for override in given)]
+
+
+def environ(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", **more}
+
+
+def start(workdir: pathlib.Path, arguments, *, program=MODULE, log: str = "", **more) -> subprocess.Popen:
+    """The run as a process, its output in workdir.log (stdout and stderr)."""
+    command = [sys.executable, *map(str, program), *arguments, f"--workdir={workdir}"]
+    with open(f"{workdir}{log}.log", "a") as output:
+        given = {"cwd": ROOT, "stdout": output, "stderr": output, "text": True, "env": environ()} | more
+        return subprocess.Popen(command, **given)
+
+
+def start_two(workdir: pathlib.Path, arguments, *, program=MODULE) -> list[subprocess.Popen]:
+    """Two processes of one run; each with its own log, workdir.p0.log and workdir.p1.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = []
+    for i in (0, 1):
+        where = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
+        both.append(start(workdir, arguments, program=program, log=f".p{i}", env=environ(**where)))
+    return both
+
+
+def said(workdir: pathlib.Path, process: str = "") -> str:
+    return pathlib.Path(f"{workdir}{process}.log").read_text()
+
+
+def to_the_end(workdir: pathlib.Path, arguments) -> int:
+    return start(workdir, arguments).wait(timeout=240)
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    return metrics.read(workdir / "metrics.jsonl")
+
+
+def wait_for_step(workdir: pathlib.Path, step: int, *processes: subprocess.Popen) -> None:
+    """Until the row of this step is written."""
+    until = time.monotonic() + 240
+    while not (found := rows(workdir)) or found[-1]["step"] < step:
+        assert all(process.poll() is None for process in processes), f"{workdir} ended before step {step}"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def newest(workdir: pathlib.Path) -> int:
+    step = checkpoint.newest_verified(workdir / "checkpoints", say=lambda _: None)
+    assert step is not None
+    return step
+
+
+def digest(workdir: pathlib.Path) -> str:
+    """Of the parameters of the newest step that verifies."""
+    params = jax.device_get(load(workdir).params)
+    whole = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        whole.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return whole.hexdigest()
+
+
+def numbers(workdir: pathlib.Path) -> list[dict]:
+    """The rows of a run, without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows(workdir)]

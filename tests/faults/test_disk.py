@@ -1,0 +1,117 @@
+"""Faults 17 and 18: a disk that fills up, and a workdir that cannot be."""
+
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from moe_embed import checkpoint
+from tests.faults import runs
+
+pytestmark = pytest.mark.faults
+# From the third save on no file may grow beyond 64 KiB, for so many saves.
+FILLS = """
+import os, resource
+from moe_embed import checkpoint, saving, train, verb
+saving.PAUSE = saving.PAUSE_AT_END = 0.0
+begun, prepare = [], checkpoint.prepare
+def preparing(folder, step):
+    begun.append(step)
+    full = 3 <= len(begun) < 3 + int(os.environ["FAILURES"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return prepare(folder, step)
+checkpoint.prepare = preparing
+verb.run(train.main, copies=True)
+"""
+
+
+@pytest.mark.parametrize(("failures", "status"), [(2, 0), (99, 2)])
+def test_a_disk_that_fills_up(endless_flags, tmp_path, failures, status):
+    """Training goes on, what was saved stays, the save is tried again; and not for ever."""
+    (tmp_path / "fills.py").write_text(FILLS)
+    workdir = tmp_path / "w"
+    flags = [*endless_flags, "--config.run.steps=40"]
+    running = runs.start(workdir, flags, program=(tmp_path / "fills.py",), env=runs.environ(FAILURES=str(failures)))
+    assert running.wait(timeout=240) == status, runs.said(workdir)
+    said = runs.said(workdir)
+    assert "warning: the save of step 15 failed: " in said
+    assert "Traceback" not in said
+    steps = checkpoint.steps(workdir / "checkpoints")
+    assert not [step for step in steps if checkpoint.problem(workdir / "checkpoints", step)]
+    assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
+    if status:
+        assert steps == [5, 10]
+        assert "error: 5 saves in a row failed, the last one with: " in said
+    else:
+        assert steps == [35, 40]
+        assert said.count("warning: the save of") == 2
+        assert len(runs.rows(workdir)) == 40
+
+
+def unprivileged():
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def tiny_limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+KINDS = ("a file", "below a file", "read-only", "a full disk", "no room for a checkpoint", "an object store")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_workdir_that_cannot_be_is_a_sentence_before_anything_runs(kind, pairs, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir(mode=0o555)
+    workdir = {
+        "a file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "w",
+        "read-only": pathlib.Path("/proc/w"),  # not even root's
+        "an object store": "gs://bucket/w",
+    }
+    options, program = {}, runs.MODULE
+    if kind == "a full disk":
+        options["preexec_fn"] = tiny_limit
+    if kind == "no room for a checkpoint":
+        program = (tmp_path / "full.py",)
+        program[0].write_text(
+            "import shutil, types\nfrom moe_embed import train, verb\n"
+            "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)\nverb.run(train.main, copies=True)\n"
+        )
+    where = workdir[kind] if kind in workdir else tmp_path / "w"
+    command = [sys.executable, *map(str, program), *runs.flags(pairs), f"--workdir={where}"]
+    done = subprocess.run(command, env=runs.environ(), cwd=runs.ROOT, capture_output=True, text=True, timeout=120,
+                          check=False, **options)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith(f"error: --workdir={where} ") or (kind == "a file" and str(where) in sentence)
+    assert "compiling" not in done.stdout
+    assert not list(tmp_path.rglob("checkpoints/*"))
+
+
+def test_a_folder_of_somebody_else_is_a_sentence_too(pairs, tmp_path):
+    """As a user who may not write there: the tests may run as root, who may."""
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if os.getuid():
+        changes = None
+    else:
+        changes = unprivileged
+        for path in (tmp_path, *tmp_path.parents):  # may be entered, but not read
+            if path.owner() == "root" and path.is_relative_to(pathlib.Path(tmp_path).anchor) and "pytest" in str(path):
+                path.chmod(path.stat().st_mode | 0o011)
+    code = (
+        "import pathlib, sys\nfrom moe_embed import same_run, verb\n"
+        "verb.run(lambda argv: same_run.check_workdir(None, pathlib.Path(argv[0])))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "closed" / "w")]
+    done = subprocess.run(command, env=runs.environ(HOME="/tmp"), cwd=runs.ROOT, capture_output=True, text=True,
+                          timeout=120, check=False, preexec_fn=changes)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr == f"error: --workdir={tmp_path / 'closed' / 'w'} cannot be written: Permission denied.\n"
+    shutil.rmtree(tmp_path / "closed")
