@@ -245,6 +245,18 @@ def gather(row, *, call: str | None = None) -> list:
     return [_take(f"{call}/{i}") for i in range(distributed.global_state.num_processes)]
 
 
+def largest(number: int, *, turn: int) -> int:
+    """The largest `number` of any process. One thread of each calls it, for the same turns in the same order."""
+    if not several():
+        return number
+    found = max(gather(number, call=f"largest/{turn}"))
+    client, me = distributed.global_state.client, distributed.global_state.process_id
+    client.key_value_delete(
+        f"moe_embed/largest/{turn - 1}/{me}"
+    )  # all are at this turn: nobody reads the last any more
+    return found
+
+
 def on_first(f: Callable[[], typing.Any], *, call: str | None = None):
     """f() on process 0 alone; its result (plain JSON), or its UserError, on all."""
     if not several():

@@ -1,6 +1,7 @@
 """What a run reads: its tokenizer, sources, held-out pairs and dev tasks, opened together, with every fault said at once."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,9 +16,10 @@ from moe_embed.data.mlm_batches import MlmBatches
 HELD_OUT_FROM = 2_000_000  # pairs at most that are read whole, to keep some of them out
 
 
-def open_data(config: Config, *, num_shards: int, tokenizer=None):
+def open_data(config: Config, *, num_shards: int, tokenizer=None, own: Sequence[int] | None = None, agree=None):
     """Read the tokenizer (unless one is given), every source and every dev task, and choose the shapes of the batches.
 
+    `own` and `agree` are what this process makes of a batch, and how it learns of the others' (batches.Batches).
     Returns (config with what the data decides, Batches or MlmBatches, tokenizer, [Task], the held-out Task or None).
     UserError names every file that is at fault, not only the first.
     """
@@ -58,7 +60,10 @@ def open_data(config: Config, *, num_shards: int, tokenizer=None):
     config = held_out.fit(config, num_pairs=sum(map(len, sources)))
     weights = _weights(named, c.weights, smoothing=c.smoothing)
     data = dataclasses.replace(config.data, sources=tuple(source.path for source in sources), weights=weights)
-    batches = kind(sources, tokenizer, dataclasses.replace(config, data=data), num_shards=num_shards)
+    share = {"num_shards": num_shards, "own": own}
+    if agree and kind is batches_lib.Batches:
+        share["agree"] = agree
+    batches = kind(sources, tokenizer, dataclasses.replace(config, data=data), **share)
     return config, batches, tokenizer, tasks, held
 
 

@@ -163,6 +163,30 @@ def put_batch(batch: dict[str, np.ndarray], *, mesh) -> dict[str, jax.Array]:
     return {name: put(name, array) for name, array in batch.items()}
 
 
+def own_parts(mesh) -> list[int]:
+    """Which parts of a batch are this process's, of as many as the mesh has devices: those of its own devices."""
+    return [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+
+
+def put_parts(batch: dict[str, np.ndarray], *, mesh) -> dict[str, jax.Array]:
+    """`put_batch` where a process has made its `own_parts` alone, side by side along B or N in that order."""
+    own = own_parts(mesh)
+
+    def put(name: str, array: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, spec(name, column="activation"))
+        split = next(i for i, entry in enumerate(sharding.spec) if entry)
+        size = array.shape[split] // len(own)  # along the dim that is split, of one part
+        shape = (*array.shape[:split], size * mesh.size, *array.shape[split + 1 :])
+
+        def of(place: tuple[slice, ...]) -> np.ndarray:
+            part = own.index((place[split].start or 0) // size)
+            return array[(slice(None),) * split + (slice(part * size, (part + 1) * size),)]
+
+        return jax.make_array_from_callback(shape, sharding, of)
+
+    return {name: put(name, array) for name, array in batch.items()}
+
+
 def fetch(x: jax.Array) -> np.ndarray:
     """A whole array on the host, of every process: what others hold is gathered, so all must ask for it in step."""
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -128,7 +128,10 @@ def train(
             raise UserError(
                 f"--config.data.tokenizer={config.data.tokenizer} is not the tokenizer of {origin}; leave it out."
             )
-    config, batches, tokenizer, tasks, held = run_data.open_data(config, num_shards=mesh.size, tokenizer=tokenizer)
+    agree = lambda step, rows: cluster.largest(rows, turn=step)  # noqa: E731
+    config, batches, tokenizer, tasks, held = run_data.open_data(
+        config, num_shards=mesh.size, tokenizer=tokenizer, own=sharding.own_parts(mesh), agree=agree
+    )
     agreement.check_data(config, batches.fingerprint)
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
     say_what_will_run(config, prog, batches, held)
@@ -178,7 +181,7 @@ def train(
         record = lambda *step: write_row(writer, looking, batches.names, *step)  # noqa: E731
         steps = enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first)
         for step, batch in traced(steps, workdir / "profile", count=profile if cluster.is_first() else 0):
-            arrays = sharding.put_batch(batch.arrays, mesh=mesh)  # every process has made the whole batch
+            arrays = sharding.put_parts(batch.arrays, mesh=mesh)
             num_micro = batch.arrays["tokens_MBL"].shape[0]
             if num_micro not in step_of_size:
                 if unwritten is not None:

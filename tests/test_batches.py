@@ -1,5 +1,6 @@
 """Packed rows: nothing overlaps, nothing is lost, and every text can be read back through its slot."""
 
+import contextlib
 import dataclasses
 import pathlib
 import zlib
@@ -309,3 +310,34 @@ def test_distilling_scores_needs_some(tokenizer):
     without = [dataclasses.replace(pair, scores=()) for pair in TWO]
     with pytest.raises(config_lib.UserError, match='finds no "scores" in b'):
         batches_lib.Batches([Source("b", without, 0)], tokenizer, c, num_shards=1)
+
+
+@pytest.mark.parametrize("own", [([0, 1], [2, 3]), ([0, 2], [1, 3])])
+def test_processes_make_their_own_shards_of_the_same_batch(tokenizer, own):
+    sources = [some_source("a", longest=60)]
+    c = config(steps=6, num_negatives=1)
+    whole = batches_lib.Batches(sources, tokenizer, c, num_shards=4)
+    rows = {}  # step -> the rows each needs
+
+    def agree(step: int, needed: int) -> int:
+        rows.setdefault(step, []).append(needed)
+        return max(rows[step]) if len(rows[step]) == 2 else 10**6
+
+    for step in range(6):
+        rows.clear()
+        for part in own:  # the first to come waits for the second
+            with contextlib.suppress(StopIteration):
+                batches_lib.Batches(sources, tokenizer, c, num_shards=4, own=part, agree=agree).batch_at(step)
+        largest = max(rows[step])
+        expected = whole.batch_at(step).arrays
+        for part in own:
+            made = batches_lib.Batches(
+                sources, tokenizer, c, num_shards=4, own=part, agree=lambda step, needed, largest=largest: largest
+            )
+            found = made.batch_at(step).arrays
+            assert found.keys() == expected.keys()
+            for name, array in expected.items():
+                split = 1 if name.endswith("_MBL") else 0
+                parts = np.split(array, 4, axis=split)
+                assert np.array_equal(found[name], np.concatenate([parts[i] for i in part], axis=split)), name
+                assert not np.array_equal(found[name], np.concatenate([parts[3 - i] for i in part], axis=split)), name

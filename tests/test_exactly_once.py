@@ -34,7 +34,7 @@ def batches(source: str, *, num_shards: int = 1, seed: int = 0, by_language: boo
 
 
 def ids(made, step: int) -> list[str]:
-    return [pair.id for pair, _ in made._texts(step)[1]]
+    return [pair.id for pair, _ in made.pairs_at(step)[1]]
 
 
 @pytest.mark.parametrize("kind", ["*.jsonl", "out"])

@@ -22,9 +22,9 @@ def config(*, fraction=0.3, seed=0, **data) -> config_lib.Config:
     return tiny.config(loss={"objective": "mlm", "mask_fraction": fraction}, data=data, run={"seed": seed})
 
 
-def make(texts, langs=None, *, num_shards=1, **changes) -> MlmBatches:
+def make(texts, langs=None, *, num_shards=1, own=None, **changes) -> MlmBatches:
     source = Texts("folder/a.jsonl", list(texts), list(langs or [""] * len(texts)), 17)
-    return MlmBatches([source], FakeTokenizer(), config(**changes), num_shards=num_shards)
+    return MlmBatches([source], FakeTokenizer(), config(**changes), num_shards=num_shards, own=own)
 
 
 def some_texts(count=150, *, longest=60, words=WORDS, seed=0) -> list[str]:
@@ -323,3 +323,14 @@ def test_a_row_with_a_piece_has_a_masked_one_and_a_source_has_pieces():
     assert (flat(made.batch_at(0))["target_MBZ"] >= 0).sum(1).tolist() == [1] * made.c.batch_size
     with pytest.raises(UserError, match=r"folder/a\.jsonl has no text with a piece in it"):
         make([""])
+
+
+def test_processes_take_their_own_shards_of_the_same_batch():
+    texts = some_texts(400)
+    whole = make(texts, batch_size=16, rows=2, num_shards=4).batch_at(1).arrays
+    for own in ([0, 1], [3, 1]):
+        found = make(texts, batch_size=16, rows=2, num_shards=4, own=own).batch_at(1).arrays
+        for name, array in whole.items():
+            shards = np.split(array, 4, axis=1)
+            assert np.array_equal(found[name], np.concatenate([shards[i] for i in own], axis=1))
+            assert not np.array_equal(found[name], np.concatenate([shards[i - 1] for i in own], axis=1))

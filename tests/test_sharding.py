@@ -133,3 +133,16 @@ def test_put_and_fetch_keep_every_row_in_its_place(mesh):
         np.testing.assert_array_equal(shard.data, x_ND[2 * i : 2 * i + 2])
     np.testing.assert_array_equal(sharding.fetch(put), x_ND)
     assert not np.array_equal(sharding.fetch(put), x_ND[::-1])
+
+
+def test_parts_of_ones_own_are_the_whole_where_there_is_one_process(mesh):
+    batch = {
+        "x_ND": np.arange(32.0, dtype=np.float32).reshape(16, 2),
+        "tokens_MBL": np.arange(3 * 16 * 4).reshape(3, 16, 4),
+    }
+    assert sharding.own_parts(mesh) == list(range(8))
+    whole, parts = sharding.put_batch(batch, mesh=mesh), sharding.put_parts(batch, mesh=mesh)
+    for name, array in batch.items():
+        assert parts[name].sharding == whole[name].sharding
+        np.testing.assert_array_equal(sharding.fetch(parts[name]), array)
+    assert not np.array_equal(sharding.fetch(parts["x_ND"]), batch["x_ND"][::-1])

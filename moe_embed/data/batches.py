@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -143,10 +143,24 @@ def iterate(batch_at, first_step: int, last_step: int, *, ahead: int = 2) -> Ite
 
 
 class Batches:
-    """Step -> Batch, for `num_shards` devices. `sizes` are the micro-batch counts M that can occur."""
+    """Step -> Batch, for `num_shards` devices. `sizes` are the micro-batch counts M that can occur.
 
-    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, config: config_lib.Config, *, num_shards: int):
+    A process tokenises and packs `own` of the shards alone (None: all). M depends on the fullest shard of all: `agree`(step,
+    rows) gives the largest number of rows that any process needs; steps are asked for in order then.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        config: config_lib.Config,
+        *,
+        num_shards: int,
+        own: Sequence[int] | None = None,
+        agree: Callable[[int, int], int] = lambda step, rows: rows,
+    ):
         self.sources, self.tokenizer, self.c, self.num_shards = sources, tokenizer, config.data, num_shards
+        self.own, self.agree = list(range(num_shards)) if own is None else list(own), agree
         check_vocabulary(tokenizer, config)
         self.distill = config.loss.distill
         if self.distill == "scores" and not any(pair.scores for source in sources for pair in source.pairs):
@@ -183,10 +197,12 @@ class Batches:
         )
 
     def batch_at(self, step: int) -> Batch:
-        """The arrays of step `step` that objectives.contrastive takes. Shards stand side by side along B and N."""
-        group, pairs, queries, documents, document_ids, cut = self._texts(step)
+        """The arrays of step `step` that objectives.contrastive takes. Own shards stand side by side along B and N."""
+        group, pairs = self.pairs_at(step)
+        queries, documents, document_ids, cut = self._texts([pairs[n] for n in self._of_own(np.arange(len(pairs)))])
         shards = [self._pack_shard(ids) for ids in self._shards(queries, documents)]
-        num_micro = next(size for size in self.sizes if size * self.c.rows >= max(p.num_rows for _, p in shards))
+        rows_needed = self.agree(step, max(packed.num_rows for _, packed in shards))
+        num_micro = next(size for size in self.sizes if size * self.c.rows >= rows_needed)
         arrays = {"query_slot_N": [], "document_slot_N": []}
         rows = {"tokens": [], "segments": [], "positions": []}
         for ids, packed in shards:
@@ -200,25 +216,29 @@ class Batches:
         arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
         arrays |= {f"{name}_MBL": np.concatenate(parts, axis=1) for name, parts in rows.items()}
         arrays["document_id_N"] = document_ids
-        arrays["query_id_N"] = query_ids([pair for pair, _ in pairs])
-        arrays |= self._teacher(group.source, pairs)
+        arrays["query_id_N"] = self._of_own(query_ids([pair for pair, _ in pairs]))
+        teacher = self._teacher(group.source, pairs)
+        arrays |= {name: self._of_own(array) for name, array in teacher.items()}
         counts = {"useful": float((arrays["segments_MBL"] > 0).mean()), "cut_queries": cut[0], "cut_documents": cut[1]}
         return Batch(arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
 
     def names(self, step: int) -> list[str]:
         """Each pair of step `step`, for a person: its place in the source, counted from 0 among those kept, and id or query."""
-        which, places = self.mixture.batch_at(step)
-        members = self.groups[which].members[places]
-        pairs = self.sources[self.groups[which].source].take(members)
-        return [f"{i} {pair.id or pair.query}" for i, pair in zip(members, pairs, strict=True)]
+        return [f"{place} {pair.id or pair.query}" for pair, place in self.pairs_at(step)[1]]
 
-    def _texts(self, step: int):
-        """Group of step `step`, its (pair, place in the source), ids of queries [N] and of documents [N * (1 + h)] positive
-        first, the documents' numbers, and the cuts."""
+    def pairs_at(self, step: int) -> tuple[mixture_lib.Group, list[tuple[Pair, int]]]:
+        """The group of step `step` and all of its pairs, each with its place in the source."""
         which, places = self.mixture.batch_at(step)
         group = self.groups[which]
         members = group.members[places]
-        pairs = list(zip(self.sources[group.source].take(members), members, strict=True))
+        return group, list(zip(self.sources[group.source].take(members), map(int, members), strict=True))
+
+    def _of_own(self, array: np.ndarray) -> np.ndarray:
+        """Of an array with every shard's part side by side, those of this process."""
+        return np.concatenate([array.reshape(self.num_shards, -1, *array.shape[1:])[i] for i in self.own])
+
+    def _texts(self, pairs: Sequence[tuple[Pair, int]]):
+        """Ids of the queries [N] and documents [N * (1 + h)] of pairs, positive first; the documents' numbers, and the cuts."""
         h = self.c.num_negatives
         texts, ids = [], []
         for pair, _ in pairs:
@@ -233,7 +253,7 @@ class Batches:
         )
         there = iter(encoded)
         documents = [next(there) if i >= 0 else np.zeros(0, np.int32) for i in ids]  # a missing negative has no tokens
-        return group, pairs, queries, documents, np.asarray(ids, np.int32), (cut_queries, cut_documents)
+        return queries, documents, np.asarray(ids, np.int32), (cut_queries, cut_documents)
 
     def _teacher(self, source: int, pairs: list[tuple[Pair, int]]) -> dict[str, np.ndarray]:
         """What another model says of these pairs (infonce.Teacher): scores from their rows, or vectors from side files."""
@@ -250,8 +270,8 @@ class Batches:
         return {}
 
     def _shards(self, queries, documents) -> Iterator[list[np.ndarray]]:
-        n, d = len(queries) // self.num_shards, len(documents) // self.num_shards
-        for i in range(self.num_shards):
+        n, d = len(queries) // len(self.own), len(documents) // len(self.own)
+        for i in range(len(self.own)):
             yield queries[i * n : (i + 1) * n] + documents[i * d : (i + 1) * d]
 
     def _pack_shard(self, ids: list[np.ndarray]) -> tuple[list[np.ndarray], Packed]:

@@ -15,10 +15,19 @@ from moe_embed.data.sources import Texts
 
 
 class MlmBatches:
-    """Step -> Batch, for `num_shards` devices. `sizes` holds the one count of micro-batches M there is."""
+    """Step -> Batch, of the shards `own` (None: all) of `num_shards`. `sizes` holds the one count of micro-batches M there is."""
 
-    def __init__(self, sources: Sequence[Texts], tokenizer, config: config_lib.Config, *, num_shards: int):
+    def __init__(
+        self,
+        sources: Sequence[Texts],
+        tokenizer,
+        config: config_lib.Config,
+        *,
+        num_shards: int,
+        own: Sequence[int] | None = None,
+    ):
         self.sources, self.tokenizer, self.c, self.num_shards = sources, tokenizer, config.data, num_shards
+        self.own = list(range(num_shards)) if own is None else list(own)
         self.fraction, self.seed = config.loss.mask_fraction, config.run.seed
         rows = self.c.rows * num_shards
         if self.c.batch_size % rows:
@@ -66,7 +75,7 @@ class MlmBatches:
         )
 
     def batch_at(self, step: int) -> batches.Batch:
-        """The arrays of step `step` that objectives.mlm takes. Shards stand side by side along B."""
+        """The arrays of step `step` that objectives.mlm takes. Own shards stand side by side along B."""
         which, rows = self.mixture.batch_at(step)
         tokens_BL, segments_BL = self.tokens[which][rows], self.segments[which][rows]
         masked_BL, place_BZ, target_BZ = self._mask(tokens_BL, segments_BL, np.random.default_rng((self.seed, 1, step)))
@@ -74,10 +83,10 @@ class MlmBatches:
             "tokens": masked_BL, "segments": segments_BL, "positions": _positions(segments_BL),
             "place": place_BZ, "target": target_BZ,
         }  # fmt: skip
-        shape = self.sizes[0], self.c.rows * self.num_shards
+        shape = self.sizes[0], self.num_shards, self.c.rows
         letters = {"place": "Z", "target": "Z"}
         named = {
-            f"{name}_MB{letters[name] if name in letters else 'L'}": array.reshape(*shape, -1)
+            f"{name}_MB{letters[name] if name in letters else 'L'}": _beside(array.reshape(*shape, -1)[:, self.own])
             for name, array in arrays.items()
         }
         group = self.groups[which]
@@ -129,6 +138,11 @@ class MlmBatches:
         np.put_along_axis(masked_BL, place_BZ, np.where(chosen_BZ, new_BZ, true_BZ).astype(np.int32), axis=1)
         place_BZ = np.where(chosen_BZ, place_BZ, 0)
         return masked_BL, place_BZ.astype(np.int32), np.where(chosen_BZ, true_BZ, -1).astype(np.int32)
+
+
+def _beside(x_MSBL: np.ndarray) -> np.ndarray:
+    """Shards [M, shard, B, ...] side by side along B."""
+    return x_MSBL.reshape(x_MSBL.shape[0], -1, x_MSBL.shape[-1])
 
 
 def _positions(segments_BL: np.ndarray) -> np.ndarray:
