@@ -26,6 +26,7 @@ from moe_embed import quantize, retrieval, significance, verb
 from moe_embed.config import UserError
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
+from moe_embed.retrieval import read_results
 
 LETTERS = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+|[^\W぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+")
 CJK = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]")
@@ -77,19 +78,6 @@ def main(argv: Sequence[str]) -> None:
         results["bm25"] = {task.name: measured(task, bm25(task)) for task in tasks}
     print(table(results))
     arguments.output.write_text(json.dumps(results if arguments.baseline else results["moe_embed"], indent=1) + "\n")
-
-
-def read_results(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
-    """What an earlier run wrote, by system: {"moe_embed": {task: {...}}[, "bm25": ...]}."""
-    try:
-        results = json.loads(path.read_text("utf-8"))
-        first = next(iter(next(iter(results.values())).values()))
-        results = results if isinstance(first, dict) and "ndcg@10" in first else {"moe_embed": results}
-        if not all("ndcg@10" in values for tasks in results.values() for values in tasks.values()):
-            raise ValueError("a task without ndcg@10")
-        return results
-    except (OSError, ValueError, AttributeError, TypeError, StopIteration) as error:
-        raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error
 
 
 def read_queries(path: pathlib.Path) -> dict[str, dict[str, float]]:
