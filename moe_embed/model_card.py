@@ -6,6 +6,7 @@ from moe_embed import card_facts, hf_layout
 from moe_embed.config import Encoder, Moe
 
 NATIVE = {"bert": "BertModel", "xlm-roberta": "XLMRobertaModel"}
+CONVERTER_ROWS = 250_002  # llama.cpp's converter puts <mask> at 250,001, where XLM-R has it
 UNREADABLE = """
 TEI, vLLM and llama.cpp cannot read this folder (model_type moe_embed): experts with learned positions are in none of the
 layouts they know. With rotary positions the model has the NomicBert-MoE layout. Changing them takes training again, first of
@@ -78,7 +79,7 @@ Texts go in with the prompt of their task in front (servers rarely add it by the
 
 Parity, largest difference of any number of a vector on {report["texts"]} texts in float32: read back by moe_embed
 {report["moe_embed"]:.1e}, in sentence-transformers {torch} (parity.json).
-{_readers(kind, moe, report).format(name=name)}{_small(name, encoder.dim) if calibrated else ""}{_more(facts)}"""
+{_readers(kind, moe, report, vocab_size=encoder.vocab_size).format(name=name)}{_small(name, encoder.dim) if calibrated else ""}{_more(facts)}"""
 
 
 def _front_matter(facts: card_facts.Facts) -> str:
@@ -114,7 +115,7 @@ def _layout(kind: str) -> str:
     return f"in the {layout}. Load it with its own model file"
 
 
-def _readers(kind: str, moe: Moe, report: dict) -> str:
+def _readers(kind: str, moe: Moe, report: dict, *, vocab_size: int) -> str:
     if kind in NATIVE:
         return (
             "There is no pooler: none has a part in the vectors. `AutoModel.from_pretrained(..., add_pooling_layer=False)` loads "
@@ -133,6 +134,8 @@ def _readers(kind: str, moe: Moe, report: dict) -> str:
         said += "The experts' shared bias is folded into other weights (the same function), because llama.cpp's converter drops it.\n"
     else:
         said += "llama.cpp's converter drops the experts' shared bias: a GGUF that it makes differs a little.\n"
+    if vocab_size < CONVERTER_ROWS:
+        said += f"That converter takes no vocabulary below {CONVERTER_ROWS:,} rows; `moe_embed.export --gguf` does.\n"
     if "gguf" in report:
         measured = "not run" if report["gguf"] == "not run" else f"{report['gguf']:.5f}"
         said += (
