@@ -29,6 +29,7 @@ from moe_embed import bm25, mteb_results, named_tasks, quantize, retrieval, sign
 from moe_embed.config import UserError
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
+from moe_embed.retrieval import read_results
 from moe_embed.watch import watch
 
 SURPRISE = ("/de", "/yo")  # MIRACL's last two languages: many papers report the mean of the other 16
@@ -104,19 +105,6 @@ def open_tasks(text: str, *, split: str | None = None, downloads: str = named_ta
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--task={text} has two tasks of one name; results go by a folder's name.")
     return tasks
-
-
-def read_results(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
-    """What an earlier run wrote, by system: {"moe_embed": {task: {...}}[, "bm25": ...]}."""
-    try:
-        results = json.loads(path.read_text("utf-8"))
-        first = next(iter(next(iter(results.values())).values()))
-        results = results if isinstance(first, dict) and "ndcg@10" in first else {"moe_embed": results}
-        if not all("ndcg@10" in values for tasks in results.values() for values in tasks.values()):
-            raise ValueError("a task without ndcg@10")
-        return results
-    except (OSError, ValueError, AttributeError, TypeError, StopIteration) as error:
-        raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error
 
 
 def read_queries(path: pathlib.Path) -> dict[str, dict[str, float]]:

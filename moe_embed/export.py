@@ -1,13 +1,16 @@
 """export: a model becomes a folder that PyTorch users load, and proves that it still gives the same vectors.
 
     python -m moe_embed.export --model=runs/demo --output=runs/demo/export
-    python -m moe_embed.export --model=runs/demo --output=runs/demo/export --onnx      # pip install -e ".[deploy]"
+    python -m moe_embed.export --model=runs/demo --output=runs/demo/export --onnx --gguf     # pip install -e ".[deploy]"
+    python -m moe_embed.export --model=runs/demo --output=out --calibrate=workdir --evaluation=r.json --license=apache-2.0
+    HF_TOKEN=... python -m moe_embed.export --model=runs/demo --output=out --push=OWNER/NAME
 
 Which layout (moe_embed/hf_layout.py) follows from the model and is printed. Rotary positions: the released NomicBert-MoE's,
 with a torch model file of our own, `SentenceTransformer(folder, trust_remote_code=True)`. Learned positions without experts:
 BertModel or XLMRobertaModel of transformers, no remote code. Learned positions with experts: our own file only.
 The folder is written beside its place and renamed into it, after it has been read back and compared: parity.json holds
-the measured differences. --onnx adds onnx/model.onnx (moe_embed/torch_files/to_onnx.py), compared in ONNX Runtime.
+the measured differences. --onnx adds onnx/model.onnx (moe_embed/torch_files/to_onnx.py), compared in ONNX Runtime, --gguf
+model-f16.gguf for llama.cpp (gguf_file.py), compared where llama-cpp-python is installed.
 """
 
 import argparse
@@ -26,7 +29,18 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from moe_embed import hf_config, hf_layout, model_card, sharding, tokenizer_json, verb
+from moe_embed import (
+    calibrate,
+    card_facts,
+    gguf_file,
+    hf_config,
+    hf_layout,
+    model_card,
+    push,
+    sharding,
+    tokenizer_json,
+    verb,
+)
 from moe_embed.config import Mesh, UserError
 from moe_embed.load import Model, load
 
@@ -36,7 +50,7 @@ MODEL_FILE = "modeling_moe_embed.py"
 FILES = {  # what an export may consist of
     "config.json", "model.safetensors", "modules.json", "1_Pooling", "sentence_bert_config.json", MODEL_FILE,
     "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "sentencepiece.bpe.model", "parity.json", "README.md", "onnx",
+    "sentencepiece.bpe.model", "parity.json", "README.md", "onnx", gguf_file.FILE, calibrate.FILE,
 }  # fmt: skip
 FORMS = {
     "nomic_bert": "NomicBert-MoE layout, rotary positions, with its own torch file (trust_remote_code=True)",
@@ -59,11 +73,23 @@ TEXTS = (  # short texts in many scripts, with what normalisation has to deal wi
 )  # fmt: skip
 
 
-def export(model: Model, output: str | pathlib.Path, *, force: bool = False, onnx: bool = False) -> dict:
+def export(
+    model: Model,
+    output: str | pathlib.Path,
+    *,
+    force: bool = False,
+    onnx: bool = False,
+    gguf: bool = False,
+    fold_shared_bias: bool = False,
+    calibration_texts: Sequence[str] = (),
+    facts: card_facts.Facts = card_facts.Facts(),  # noqa: B008, it is a constant
+) -> dict:
     """Write `model` to the folder `output`; returns the parity report, which is also in its parity.json.
 
     An earlier export at `output` is replaced. Anything else there is refused, or with `force` moved to `output`.bak.
-    A head of masked language modelling stays behind, and that is printed. With `onnx` the folder also has onnx/model.onnx.
+    A head of masked language modelling stays behind, and that is printed. With `onnx` the folder also has onnx/model.onnx,
+    with `gguf` model-f16.gguf, with `calibration_texts` (documents) calibration.json. `fold_shared_bias` writes weights of the
+    same function without the experts' shared bias, compared with the model as it is. `facts` go into the card.
     UserError, and no folder, if the model cannot be written in this layout or the folder gives other vectors.
     """
     output = pathlib.Path(output).resolve()
@@ -77,6 +103,8 @@ def export(model: Model, output: str | pathlib.Path, *, force: bool = False, onn
         )
     if onnx:
         _check_onnx(hf_layout.model_type(model.encoder, model.moe))
+    if gguf or fold_shared_bias:
+        gguf_file.check(model.encoder, model.moe, model.tokenizer, flag="--gguf" if gguf else "--fold_shared_bias")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,10 +115,20 @@ def export(model: Model, output: str | pathlib.Path, *, force: bool = False, onn
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         folder = pathlib.Path(scratch) / output.name
         folder.mkdir()
-        _write(model, folder)
-        report = _parity(model, folder, onnx=onnx)
+        written = model
+        if fold_shared_bias:
+            written = dataclasses.replace(model, params=gguf_file.fold_shared_bias(model.params, moe=model.moe))
+        _write(written, folder)
+        report = _parity(model, folder, onnx=onnx) | {"shared_bias": "folded" if fold_shared_bias else "as trained"}
+        if gguf:
+            report |= gguf_file.write_and_compare(model, folder / gguf_file.FILE, TEXTS, name=output.name)
         _write_json(folder / "parity.json", report)
-        card = model_card.model_card(model.encoder, model.moe, model.prompts, name=output.name, report=report)
+        if calibration_texts:
+            calibrate.write(model, calibration_texts, folder)
+        card = model_card.model_card(
+            model.encoder, model.moe, model.prompts, name=output.name, report=report, facts=facts,
+            calibrated=bool(calibration_texts),
+        )  # fmt: skip
         (folder / "README.md").write_text(card, encoding="utf-8")
         if occupied:
             _out_of_the_way(output, keep=foreign)
@@ -243,15 +281,45 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--force", action="store_true", help="move what is at --output aside, to OUTPUT.bak")
     parser.add_argument("--onnx", action="store_true", help="also write onnx/model.onnx, every expert on every token")
+    parser.add_argument("--gguf", action="store_true", help="also write model-f16.gguf for llama.cpp")
+    parser.add_argument(
+        "--fold_shared_bias", action="store_true",
+        help="weights of the same function without the bias that experts share, which llama.cpp's converter drops",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrate",
+        help="documents (.jsonl, .csv, ...), or workdir for its own: also write calibration.json, for int8",
+    )
+    card_facts.add_flags(parser)
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload the folder to the hub; the token is in HF_TOKEN"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="a repository that --push makes is public (default: private)"
+    )
     args = parser.parse_args(argv)
+    if args.public and not args.push:
+        raise UserError("--public says how --push=OWNER/NAME makes a repository; there is no --push.")
+    if args.push:
+        push.check(args.push)
+    root = pathlib.Path(args.model)
+    facts = card_facts.from_flags(card_facts.of_workdir(root), args)
+    texts = calibrate.texts_of(args.calibrate, model_root=root) if args.calibrate else ()
     model = load(args.model)
-    report = export(model, args.output, force=args.force, onnx=args.onnx)
+    report = export(
+        model, args.output, force=args.force, onnx=args.onnx, gguf=args.gguf, fold_shared_bias=args.fold_shared_bias,
+        calibration_texts=texts, facts=facts,
+    )  # fmt: skip
     print(f"wrote {args.output}: {FORMS[hf_layout.model_type(model.encoder, model.moe)]}")
     print(f"largest difference: moe_embed {report['moe_embed']}, torch {report['torch']} (tolerance {TOLERANCE})")
     if args.onnx:
         print(
             f"onnx/model.onnx: {report['onnx']}, at {report['onnx_flops']} times the routed form's products with weights"
         )
+    if args.gguf:
+        print(f"{gguf_file.FILE}: least cosine in llama.cpp: {report['gguf']}")
+    if args.push:
+        print(f"pushed to {push.push(pathlib.Path(args.output), args.push, public=args.public)}")
 
 
 if __name__ == "__main__":

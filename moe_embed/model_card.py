@@ -2,10 +2,11 @@
 
 import json
 
-from moe_embed import hf_layout
+from moe_embed import card_facts, hf_layout
 from moe_embed.config import Encoder, Moe
 
 NATIVE = {"bert": "BertModel", "xlm-roberta": "XLMRobertaModel"}
+CONVERTER_ROWS = 250_002  # llama.cpp's converter puts <mask> at 250,001, where XLM-R has it
 UNREADABLE = """
 TEI, vLLM and llama.cpp cannot read this folder (model_type moe_embed): experts with learned positions are in none of the
 layouts they know. With rotary positions the model has the NomicBert-MoE layout. Changing them takes training again, first of
@@ -18,8 +19,17 @@ python -m moe_embed.train --config=configs/nomic_v2/mlm.py --init_from={name}_ro
 """
 
 
-def model_card(encoder: Encoder, moe: Moe, prompts: dict[str, str], *, name: str, report: dict) -> str:
-    """The card of a folder called `name` with the parity report `report` (export.py)."""
+def model_card(
+    encoder: Encoder,
+    moe: Moe,
+    prompts: dict[str, str],
+    *,
+    name: str,
+    report: dict,
+    facts: card_facts.Facts = card_facts.Facts(),  # noqa: B008, it is a constant
+    calibrated: bool = False,
+) -> str:
+    """The card of a folder called `name` with the parity report `report` (export.py); `calibrated`: it has calibration.json."""
     kind = hf_layout.model_type(encoder, moe)
     total, active = hf_layout.num_parameters(encoder, moe)
     experts = f"{moe.num_experts} experts, {moe.top_k} active, every {moe.every} layers" if moe.num_experts else "none"
@@ -38,7 +48,7 @@ def model_card(encoder: Encoder, moe: Moe, prompts: dict[str, str], *, name: str
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 tags: [{", ".join(tags)}]
----
+{_front_matter(facts)}---
 # {name}
 
 A text embedding model trained with moe_embed, {_layout(kind)}:
@@ -69,7 +79,33 @@ Texts go in with the prompt of their task in front (servers rarely add it by the
 
 Parity, largest difference of any number of a vector on {report["texts"]} texts in float32: read back by moe_embed
 {report["moe_embed"]:.1e}, in sentence-transformers {torch} (parity.json).
-{_readers(kind, moe).format(name=name)}"""
+{_readers(kind, moe, report, vocab_size=encoder.vocab_size).format(name=name)}{_small(name, encoder.dim) if calibrated else ""}{_more(facts)}"""
+
+
+def _front_matter(facts: card_facts.Facts) -> str:
+    """Lines of YAML, of what is known; json's strings are YAML's ("no" is a language, not a falsehood)."""
+    lines = {"license": facts.license, "base_model": facts.base_model, "language": list(facts.languages)}
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items() if value)
+
+
+def _more(facts: card_facts.Facts) -> str:
+    section = card_facts.section(facts)
+    return f"\n{section}" if section else ""
+
+
+def _small(name: str, dim: int) -> str:
+    return f"""
+int8 and binary vectors, with the ranges of calibration.json (whole vectors of {dim} numbers; a prefix has others):
+
+```python
+import json, numpy as np
+from sentence_transformers.util.quantization import quantize_embeddings
+
+ranges = np.array(json.load(open("{name}/calibration.json"))["ranges"], np.float32)
+int8 = quantize_embeddings(documents, precision="int8", ranges=ranges)
+bits = quantize_embeddings(documents, precision="ubinary")
+```
+"""
 
 
 def _layout(kind: str) -> str:
@@ -79,7 +115,7 @@ def _layout(kind: str) -> str:
     return f"in the {layout}. Load it with its own model file"
 
 
-def _readers(kind: str, moe: Moe) -> str:
+def _readers(kind: str, moe: Moe, report: dict, *, vocab_size: int) -> str:
     if kind in NATIVE:
         return (
             "There is no pooler: none has a part in the vectors. `AutoModel.from_pretrained(..., add_pooling_layer=False)` loads "
@@ -87,9 +123,23 @@ def _readers(kind: str, moe: Moe) -> str:
         )
     if kind == "moe_embed":
         return UNREADABLE
-    servers = (
-        "TEI, vLLM and llama.cpp know this layout; llama.cpp drops the experts' shared bias: a GGUF differs a little."
-        if moe.num_experts and moe.every == 2
-        else "Servers with their own code for this family expect experts in every second layer: use the file here."
-    )
-    return f"transformers' own `nomic_bert` is another architecture and refuses this folder. {servers}\n"
+    other = "transformers' own `nomic_bert` is another architecture and refuses this folder. "
+    if not moe.num_experts or moe.every != 2:
+        return (
+            other
+            + "Servers with their own code for this family expect experts in every second layer: use the file here.\n"
+        )
+    said = f"{other}TEI, vLLM and llama.cpp know this layout.\n"
+    if "shared_bias" in report and report["shared_bias"] == "folded":
+        said += "The experts' shared bias is folded into other weights (the same function), because llama.cpp's converter drops it.\n"
+    else:
+        said += "llama.cpp's converter drops the experts' shared bias: a GGUF that it makes differs a little.\n"
+    if vocab_size < CONVERTER_ROWS:
+        said += f"That converter takes no vocabulary below {CONVERTER_ROWS:,} rows; `moe_embed.export --gguf` does.\n"
+    if "gguf" in report:
+        measured = "not run" if report["gguf"] == "not run" else f"{report['gguf']:.5f}"
+        said += (
+            "`model-f16.gguf` is for llama.cpp (mean pooling; put the prompt in front yourself), the shared bias folded in. Least "
+            f"cosine\nto this model: {measured}. llama.cpp has GELU in its tanh form and half precision.\n"
+        )
+    return said

@@ -1,6 +1,8 @@
 """Exact search and the published metrics: what train, embed and evaluate measure with."""
 
 import functools
+import json
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -11,6 +13,7 @@ import tqdm
 
 from moe_embed import config as config_lib
 from moe_embed import sharding
+from moe_embed.config import UserError
 from moe_embed.data.sources import Task
 
 METRICS = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "mrr@10": "recip_rank"}
@@ -170,3 +173,16 @@ def mean_of(figures: dict[str, dict], names: Sequence[str], metric: str) -> floa
     for name in names:
         parts.setdefault(name.partition("/")[0], []).append(figures[name][metric])
     return float(np.mean([np.mean(values) for values in parts.values()]))
+
+
+def read_results(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
+    """What an earlier run wrote, by system: {"moe_embed": {task: {...}}[, "bm25": ...]}."""
+    try:
+        results = json.loads(path.read_text("utf-8"))
+        first = next(iter(next(iter(results.values())).values()))
+        results = results if isinstance(first, dict) and "ndcg@10" in first else {"moe_embed": results}
+        if not all("ndcg@10" in values for tasks in results.values() for values in tasks.values()):
+            raise ValueError("a task without ndcg@10")
+        return results
+    except (OSError, ValueError, AttributeError, TypeError, StopIteration) as error:
+        raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error

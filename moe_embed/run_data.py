@@ -33,15 +33,8 @@ def open_data(config: Config, *, num_shards: int, tokenizer=None, own: Sequence[
             return []
 
     tokenizer = tokenizer or read(tokenizer_lib.read, c.tokenizer)
-    options = {"max_bad_fraction": c.max_bad_fraction}
-    if config.loss.objective == "mlm":
-        kind, reader, options = MlmBatches, sources_lib.read_text_sources, options | {"column": c.document}
-    else:
-        kind, reader = batches_lib.Batches, sources_lib.read_sources
-        options |= {"query": c.query, "document": c.document, "teacher": c.teacher}
-    named = [
-        [source for path in read(inputs.find, name) for source in read(reader, path, **options)] for name in c.sources
-    ]
+    kind = MlmBatches if config.loss.objective == "mlm" else batches_lib.Batches
+    named = read(read_sources, config)
     tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
     if faults:
         raise UserError(*faults)
@@ -65,6 +58,27 @@ def open_data(config: Config, *, num_shards: int, tokenizer=None, own: Sequence[
         share["agree"] = agree
     batches = kind(sources, tokenizer, dataclasses.replace(config, data=data), **share)
     return config, batches, tokenizer, tasks, held
+
+
+def read_sources(config: Config) -> list[list]:
+    """The sources that each of config.data.sources stands for. UserError names every file that is at fault."""
+    c, faults, named = config.data, [], []
+    options = {"max_bad_fraction": c.max_bad_fraction}
+    if config.loss.objective == "mlm":
+        reader, options = sources_lib.read_text_sources, options | {"column": c.document}
+    else:
+        reader, options = (
+            sources_lib.read_sources,
+            options | {"query": c.query, "document": c.document, "teacher": c.teacher},
+        )
+    for name in c.sources:
+        try:
+            named.append([source for path in inputs.find(name) for source in reader(path, **options)])
+        except UserError as error:
+            faults.extend(error.args)
+    if faults:
+        raise UserError(*faults)
+    return named
 
 
 def _weights(named: list[list], weights: tuple[float, ...], *, smoothing: float) -> tuple[float, ...]:

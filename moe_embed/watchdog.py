@@ -51,12 +51,14 @@ class Watchdog:
             left = self._deadline - time.monotonic()
             if left < 0:
                 self._end()
-            faulthandler.dump_traceback_later(left + LOCKED_UP, exit=True)
+            faulthandler.dump_traceback_later(left + LOCKED_UP, exit=True, file=sys.__stderr__)
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self) -> None:
         threading.Timer(LAST_RESORT, os._exit, [cluster.GONE]).start()
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(
+            all_threads=True, file=sys.__stderr__
+        )  # sys.stderr may be a notebook's, and no file
         why = f"no step for {time.monotonic() - self._since:.0f} s, after step {self._done}"
         print(f"error: {why}; asking who is behind ...", file=sys.stderr, flush=True)
         why = f"{why}: {behind(cluster.told(), silent_after=3 * self._interval)}"

@@ -24,9 +24,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_embed import config as config_lib
-from moe_embed import held_out, hf_config, hf_folder, hf_layout, metrics, significance, verb
+from moe_embed import held_out, hf_config, hf_folder, hf_layout, metrics, run_data, significance, verb
 from moe_embed.config import Config, Moe, UserError
-from moe_embed.data import sources
 from moe_embed.load import DESCRIPTION, read_description
 
 FILE = "worth.json"  # in the workdir: {"asked", "init_from", "seconds": {"mixture": [...], "dense": [...]} a step}
@@ -71,9 +70,8 @@ def main(argv: Sequence[str]) -> None:
 
 def decided(config: Config) -> Config:
     """`config` with the batch size, the steps and the warm-up that `train` will choose from its pairs. UserError as there."""
-    c = config.data
-    read = [sources.read_source(path, query=c.query, document=c.document) for path in c.sources]
-    kept, _ = held_out.split(read, share=c.held_out, say=lambda sentence: None)  # train says it
+    read = [source for some in run_data.read_sources(config) for source in some]
+    kept, _ = held_out.split(read, share=config.data.held_out, say=lambda sentence: None)  # train says it
     return held_out.fit(config, num_pairs=sum(map(len, kept)))
 
 

@@ -23,7 +23,7 @@ LAYERS = (
      "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "significance", "bm25", "quantize", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "protocol", "mteb_model", "same_run", "held_out", "hlo", "hlo_count",
-     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "run_data"},
+     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "card_facts", "calibrate", "gguf_file", "push", "run_data"},
     {""},  # moe_embed/__init__.py: the public names
     {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "serve", "soup", "upcycle", "doctor", "mteb_benchmark", "paper_table", "worth", "prepare"},  # the verbs
 )  # fmt: skip
@@ -31,7 +31,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 FENCES = {
     "flax": {"model/layers.py", "model/moe.py", "model/encoder.py", "load.py"},  # load.write_description: its version
     "orbax": {"checkpoint.py", "saving.py", "load.py"},  # the same
-    "sentencepiece": {"data/tokenizer.py", "data/vocabulary.py", "tokenizer_json.py", "sample/make.py"},
+    "sentencepiece": {"data/tokenizer.py", "data/vocabulary.py", "tokenizer_json.py", "gguf_file.py", "sample/make.py"},
     "tokenizers": {"data/tokenizer.py", "tokenizer_json.py"},
     "ml_collections": {"config.py"},
     "torch": {"torch_files/modeling_moe_embed.py", "torch_files/check_export.py", "torch_files/to_onnx.py"},
@@ -39,6 +39,9 @@ FENCES = {
     "onnxruntime": {"torch_files/to_onnx.py"},
     "sentence_transformers": {"torch_files/check_export.py"},
     "safetensors": {"hf_folder.py", "export.py"},
+    "gguf": {"gguf_file.py"},
+    "llama_cpp": {"gguf_file.py"},
+    "huggingface_hub": {"push.py"},
     "pytrec_eval": {"retrieval.py"},
     "bm25s": {"bm25.py"},
     "starlette": {"serve.py"},

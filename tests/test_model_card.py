@@ -46,3 +46,16 @@ def test_prompts_and_parity_are_the_models():
     text = card(hf_tiny.BERT, hf_tiny.DENSE, report=REPORT | {"torch": "not run"})
     assert "in sentence-transformers not run" in text
     assert "| (none) | |" in text
+
+
+def test_what_llama_cpp_makes_of_it_is_said():
+    whole = dataclasses.replace(hf_tiny.NOMIC, vocab_size=250_048)
+    assert "takes no vocabulary below 250,002 rows" in card(hf_tiny.NOMIC, hf_tiny.MOE)
+    assert "takes no vocabulary" not in card(whole, hf_tiny.MOE)
+    text = card(whole, hf_tiny.MOE)
+    assert "drops the experts' shared bias: a GGUF" in text
+    assert "model-f16.gguf" not in text
+    text = card(whole, hf_tiny.MOE, report=REPORT | {"shared_bias": "folded", "gguf": 0.9999})
+    assert "is folded into other weights" in text
+    assert "to this model: 0.99990" in text
+    assert "to this model: not run" in card(whole, hf_tiny.MOE, report=REPORT | {"gguf": "not run"})

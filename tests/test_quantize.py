@@ -13,7 +13,7 @@ def vectors(count: int, dim: int = 64, seed: int = 0) -> np.ndarray:
 
 def test_int8_by_hand():
     ranges = quantize.ranges_of(np.array([[0.0, -1.0, 2.0], [2.55, 1.55, 2.0]], np.float32))
-    found = quantize.int8(np.array([[0.0, -1.0, 2.0], [2.55, 9.0, 2.0], [0.1, -9.0, 2.0]], np.float32), ranges)
+    found = quantize.int8(np.array([[0.0, -1.0, 2.0], [2.55, 9.0, 2.0], [0.109, -9.0, 2.0]], np.float32), ranges)
     assert found.dtype == np.int8
     assert found.tolist() == [[-128, -128, -128], [127, 127, -128], [-118, -128, -128]]
 

@@ -1,7 +1,10 @@
-"""The table of who opened the exported folder, printed at the end of a run."""
+"""The table of who opened the exported folder, printed at the end of a run; RECORD_DEPLOY=FILE also writes it there, dated."""
 
 import datetime
 import importlib.metadata
+import importlib.util
+import os
+import pathlib
 
 import pytest
 
@@ -24,7 +27,14 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash.get(ROWS, None)
     if not rows:
         return
-    terminalreporter.section(f"64 texts in 10 languages beside Model.encode, {datetime.date.today()}")
-    terminalreporter.write_line(f"{'opened by':<42} {'version':<12} {'position':<8} {'1 - cosine':>12}  (the largest)")
-    for row in [*rows, *(f"{name:<42} not run: names, shapes and keys checked" for name in ("vLLM", "TEI"))]:
+    title = f"64 texts in 10 languages beside Model.encode, {datetime.date.today()}"
+    header = f"{'opened by':<42} {'version':<12} {'position':<8} {'1 - cosine':>12}  (the largest)"
+    absent = ["vLLM", "text-embeddings-inference"]
+    absent += [] if importlib.util.find_spec("llama_cpp") else ["llama.cpp"]
+    table = [header, *rows, *(f"{name:<42} not run: names, shapes and keys checked" for name in absent)]
+    terminalreporter.section(title)
+    for row in table:
         terminalreporter.write_line(row)
+    if "RECORD_DEPLOY" in os.environ:
+        text = "\n".join(("    " + line).rstrip() for line in table)
+        pathlib.Path(os.environ["RECORD_DEPLOY"]).write_text(f"# {title}\n\n{text}\n", encoding="utf-8")

@@ -1,9 +1,12 @@
 """An exported folder opened by other people's software, on 64 texts in ten languages: the vectors of Model.encode, or a refusal.
 
-Marker `deploy`. Run, not only written: sentence-transformers, transformers with the folder's own file, ONNX Runtime. Not run,
-their names, shapes and keys checked as their sources read them: text-embeddings-inference and vLLM.
+Marker `deploy`. Run, not only written: sentence-transformers, transformers with the folder's own file, ONNX Runtime, and
+llama.cpp where llama-cpp-python is installed (the gguf extra; the table says "not run" elsewhere). Not run, their names,
+shapes and keys checked as their sources read them: text-embeddings-inference and vLLM.
 """
 
+import dataclasses
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 import moe_embed
-from moe_embed import config, export, sharding
+from moe_embed import calibrate, config, export, gguf_file, quantize, sharding
 from moe_embed.data import sources
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.hf_folder import read_safetensors
@@ -243,3 +246,72 @@ def test_names_shapes_and_keys_are_those_that_servers_read(model, folder):
     assert sentence["prompts"]["document"] == sentence["prompts"]["passage"]
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens", "include_prompt"]
+
+
+def test_int8_codes_are_sentence_transformers(model, texts, expected, tmp_path):
+    from sentence_transformers.util.quantization import quantize_embeddings
+
+    calibrate.write(model, texts, tmp_path)
+    ranges = np.array(json.loads((tmp_path / calibrate.FILE).read_text())["ranges"], np.float32)  # as the card says
+    theirs = quantize_embeddings(expected, precision="int8", ranges=ranges)
+    np.testing.assert_array_equal(quantize.int8(expected, calibrate.read(tmp_path)), theirs)
+    assert (quantize.int8(expected, quantize.ranges_of(expected)) != theirs).any()
+    np.testing.assert_array_equal(quantize.binary(expected), quantize_embeddings(expected, precision="ubinary"))
+
+
+@pytest.fixture(scope="module")
+def gguf_path(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / gguf_file.FILE
+    if model.encoder.position == "learned":
+        with pytest.raises(config.UserError, match="learned positions"):
+            gguf_file.check(model.encoder, model.moe, model.tokenizer)
+        return None
+    shape = {"encoder": model.encoder, "moe": model.moe, "tokenizer": model.tokenizer}
+    gguf_file.check(*shape.values())
+    gguf_file.write(path, model.params, **shape, name="small")
+    return path
+
+
+def test_the_gguf_file_has_what_llama_cpp_reads(model, gguf_path):
+    """The names, shapes and keys of llama.cpp's load_arch_tensors and load_arch_hparams for nomic-bert-moe."""
+    import gguf
+
+    if gguf_path is None:
+        return
+    opened = gguf.GGUFReader(gguf_path)
+    D, F, E, V = 32, 48, 4, model.encoder.vocab_size
+    needed = {
+        "token_embd.weight": (D, V),
+        "token_types.weight": (D, 1),
+        "token_embd_norm.weight": (D,),
+        "token_embd_norm.bias": (D,),
+    }
+    for i in range(4):
+        needed |= {f"blk.{i}.{name}": shape for name, shape in {
+            "attn_qkv.weight": (D, 3 * D), "attn_qkv.bias": (3 * D,), "attn_output.weight": (D, D), "attn_output.bias": (D,),
+            **{f"{norm}_norm.{part}": (D,) for norm in ("attn_output", "layer_output") for part in ("weight", "bias")},
+            **({"ffn_gate_inp.weight": (D, E), "ffn_up_exps.weight": (D, F, E), "ffn_down_exps.weight": (F, D, E)} if i % 2 else
+               {"ffn_up.weight": (D, F), "ffn_up.bias": (F,), "ffn_down.weight": (F, D), "ffn_down.bias": (D,)}),
+        }.items()}  # fmt: skip
+    assert {tensor.name: tuple(tensor.shape.tolist()) for tensor in opened.tensors} == needed
+    keys = {key: opened.get_field(f"nomic-bert-moe.{key}").contents() for key in (
+        "context_length", "expert_count", "expert_used_count", "moe_every_n_layers", "attention.causal", "pooling_type", "block_count")}  # fmt: skip
+    assert list(keys.values()) == [128, 4, 2, 2, False, 1, 4]
+    assert len(opened.get_field("tokenizer.ggml.tokens").contents()) == V
+    assert opened.get_field("tokenizer.ggml.mask_token_id").contents() == model.tokenizer.mask_id
+
+
+def test_llama_cpp(model, gguf_path, texts, expected, tmp_path, note):
+    if gguf_path is None or importlib.util.find_spec("llama_cpp") is None:
+        return  # the table says so
+    prompted = ["search_query: " + text for text in texts]
+    found, same = gguf_file.vectors(gguf_path, prompted, model=model)
+    cosine = least_cosine(found[same], expected[same])
+    note(f"llama.cpp, f16, {same.sum()} of 64 cut alike", "llama_cpp_python", form="rotary", cosine=cosine)
+    assert same.sum() >= 60  # a text longer than the model reads loses its </s> there
+    assert cosine >= gguf_file.COSINE
+    mixture = model.params["unit"]["1"]["moe"]
+    without = {**model.params["unit"]["1"], "moe": mixture | {"b_out_RD": 0 * mixture["b_out_RD"]}}
+    params = {**model.params, "unit": {**model.params["unit"], "1": without}}
+    dropped = dataclasses.replace(model, params=params).encode(texts, "query")  # what llama.cpp's converter makes of it
+    assert least_cosine(dropped, expected) < gguf_file.COSINE
