@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moe_embed import checkpoint, held_out, retrieval
+from moe_embed import checkpoint, held_out, retrieval, run_data
 from moe_embed.config import UserError
 from moe_embed.load import DESCRIPTION, read_description
 
@@ -27,6 +27,7 @@ class Facts(NamedTuple):
     objective: str = ""  # contrastive or mlm
     steps: int = 0
     batch_size: int = 0
+    data_card: str = ""  # what prepare said of the data, markdown
     began_with: str = ""  # the name of the folder
     held_out: str = ""  # one sentence, of held_out.conclude
     evaluation: Mapping[str, Mapping] = {}  # system -> task -> figures, as evaluate writes them
@@ -56,6 +57,7 @@ def of_workdir(root: pathlib.Path) -> Facts:
         objective=description.config.loss.objective,
         steps=step or 0,
         batch_size=written["batch_size"] if "batch_size" in written else 0,
+        data_card=(root / run_data.CARD).read_text("utf-8") if (root / run_data.CARD).is_file() else "",
         began_with=pathlib.Path(began).name,
         held_out=verdict,
         base_model=f"{cached[1]}/{cached[2]}" if cached else "",
@@ -96,6 +98,8 @@ def section(facts: Facts) -> str:
         rows = "".join(f"| {name} | {count:,} |\n" for name, count in facts.files)
         table = f"\n\n| file | {what} |\n|---|---:|\n{rows}" if rows else "\n"
         parts.append(f"## Data\n\n{head}{began}.{table}")
+    if facts.data_card:
+        parts.append(f"What was prepared, and what was left out of it:\n\n{facts.data_card}")
     if facts.held_out:
         parts.append(f"Held-out pairs, before and after: {facts.held_out}\n")
     if facts.evaluation:

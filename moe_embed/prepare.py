@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import tqdm
 
-from moe_embed import data_card, verb
+from moe_embed import data_card, run_data, verb
 from moe_embed.config import UserError
 from moe_embed.data import inputs, prepared, spool
 from moe_embed.data.hygiene import Rules
@@ -104,7 +104,7 @@ def prepare(
     card = data_card.card(spool.reports(folders), layout, tokenizer=pathlib.Path(settings.tokenizer).name)
     manifest = {"format": prepared.FORMAT, "order": _lasting(order), "shards": shards, "sources": layout.sources}
     manifest["card"] = card
-    (output / "DATA.md").write_text(data_card.markdown(card), "utf-8")
+    (output / run_data.CARD).write_text(data_card.markdown(card), "utf-8")
     prepared.write_manifest(output, manifest)
     shutil.rmtree(work)
     print(data_card.table(card))

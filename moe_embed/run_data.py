@@ -1,6 +1,7 @@
 """What a run reads: its tokenizer, sources, held-out pairs and dev tasks, opened together, with every fault said at once."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.data.mlm_batches import MlmBatches
 
+CARD = "DATA.md"  # in a folder that prepare made, and in a workdir
 HELD_OUT_FROM = 2_000_000  # pairs at most that are read whole, to keep some of them out
 
 
@@ -79,6 +81,14 @@ def read_sources(config: Config) -> list[list]:
     if faults:
         raise UserError(*faults)
     return named
+
+
+def keep_cards(config: Config, workdir: pathlib.Path) -> None:
+    """Copy to `workdir` what prepare said of the data (DATA.md), for the card of an export."""
+    cards = [pathlib.Path(name, CARD) for name in config.data.sources]
+    texts = [card.read_text("utf-8") for card in cards if card.is_file()]
+    if texts:
+        (workdir / CARD).write_text("\n".join(texts), "utf-8")
 
 
 def _weights(named: list[list], weights: tuple[float, ...], *, smoothing: float) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import shutil
+from collections.abc import Collection, Sequence
 
 from moe_embed import checkpoint, metrics
 from moe_embed import config as config_lib
@@ -106,11 +107,43 @@ def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
         ))  # fmt: skip
 
 
-def check_fingerprint(saved: dict, now: dict, workdir: pathlib.Path) -> None:
-    """The data a run continues with is the data it began with."""
+def check_fingerprint(saved: dict, now: dict, workdir: pathlib.Path, *, allow: Collection[str] = ()) -> None:
+    """The data a run continues with is the data it began with, but for what `allow` names ("files", "seed", ...).
+
+    UserError names everything that changed, file by file. What is allowed is said.
+    """
+    unknown = sorted(set(allow) - set(now))
+    if unknown:
+        raise UserError(f"--allow_data_change={unknown[0]} is none of {', '.join(now)}.")
+    faults = []
     for name in now:
         before = saved[name] if name in saved else None
-        if before != now[name]:
-            raise UserError(
-                f"the data of {workdir} changed: {name} was {before}, is {now[name]}; use another --workdir."
+        if before == now[name]:
+            continue
+        changes = (
+            _files_changed(before, now[name])
+            if name == "files" and before
+            else [f"{name} was {before}, is {now[name]}"]
+        )
+        if name in allow:
+            print(f"allowed     {'; '.join(changes)}: which pairs are in a step changes with it")
+        else:
+            faults += [f"the data of {workdir} changed: {change}." for change in changes]
+    if faults:
+        raise UserError(
+            *faults, "Give the old data or another --workdir, or continue with this by --allow_data_change=NAME[,NAME]."
+        )
+
+
+def _files_changed(before: Sequence[list], now: Sequence[list]) -> list[str]:
+    """What became of each file, of [name, pairs, digest] each."""
+    old, new = ({name: (count, digest) for name, count, digest in files} for files in (before, now))
+    found = [f"{name} ({old[name][0]:,} pairs) is gone" for name in old if name not in new]
+    found += [f"{name} ({new[name][0]:,} pairs) is new" for name in new if name not in old]
+    for name in old:
+        if name in new and old[name] != new[name]:
+            counts = f"{old[name][0]:,} pairs, now {new[name][0]:,}"
+            found.append(
+                f"{name} is another: it had {counts}" if old[name][0] != new[name][0] else f"{name} has other bytes"
             )
+    return [f"files: {one}" for one in found] or ["files: their order is another"]

@@ -71,6 +71,11 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="end where the newest checkpoint does not verify, instead of going back",
     )
+    parser.add_argument(
+        "--allow_data_change",
+        default="",
+        help="continue although these changed, commas between: files, seed, batch_size, ...",
+    )
     cluster.add_flags(parser)
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.profile < 0:
@@ -88,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
         explicit=explicit,
         profile=arguments.profile,
         strict_restore=arguments.strict_restore,
+        allow_data_change=[name for name in arguments.allow_data_change.split(",") if name],
     )
 
 
@@ -99,6 +105,7 @@ def train(
     explicit: Collection[str] = (),
     profile: int = 0,
     strict_restore: bool = False,
+    allow_data_change: Collection[str] = (),
 ) -> int:
     """Run `config` to its last step in `workdir`, from the newest verified checkpoint if there is one.
 
@@ -143,13 +150,16 @@ def train(
         state, first = prog.init(beginning.parameters_of(base, prog, batches)), 0
         del base  # its parameters are the state's now
     else:
-        same_run.check_fingerprint(checkpoint.facts(checkpoints, first), batches.fingerprint, workdir)
+        same_run.check_fingerprint(
+            checkpoint.facts(checkpoints, first), batches.fingerprint, workdir, allow=allow_data_change
+        )
         if first >= config.run.steps:
             print(f"{workdir} is finished: step {first} of {config.run.steps}, verified. Nothing to do.")
             return 0
         print(f"continuing {workdir} from step {first} of {config.run.steps}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
     cluster.on_first(lambda: write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from))
+    cluster.on_first(lambda: run_data.keep_cards(config, workdir))
     agreement.check_shared(workdir / DESCRIPTION)
 
     started = time.perf_counter()

@@ -77,3 +77,7 @@ def flags(*argv) -> card_facts.Facts:
 def test_what_is_no_fact_is_refused(flag, said):
     with pytest.raises(UserError, match=said):
         flags(flag)
+
+
+def test_what_prepare_said_is_in_the_card(tmp_path):
+    assert "| a.jsonl | 3 | 3 |" in card(card_facts.Facts(data_card="3 pairs.\n\n| a.jsonl | 3 | 3 |  |"))

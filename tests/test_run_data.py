@@ -70,3 +70,14 @@ def test_too_much_to_hold_out(tmp_path, config, monkeypatch):
     monkeypatch.setattr(run_data, "HELD_OUT_FROM", 10)
     with pytest.raises(UserError, match="reads all pairs into memory, and there are 99"):
         open_(config, sources=(write(tmp_path / "a.jsonl", 99),), held_out=0.1)
+
+
+def test_what_prepare_said_of_the_data_stays_with_the_run(tmp_path, config):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", 3)
+        prepare.main([f"--input={tmp_path}/{name}.jsonl", f"--output={tmp_path}/{name}", "--processes=1"])
+    data = dataclasses.replace(config.data, sources=(f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/a.jsonl"))
+    run_data.keep_cards(dataclasses.replace(config, data=data), tmp_path)
+    text = (tmp_path / run_data.CARD).read_text()
+    assert "| a.jsonl | 3 | 3 |" in text
+    assert "| b.jsonl | 3 | 3 |" in text

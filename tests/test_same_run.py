@@ -26,6 +26,32 @@ def test_data_is_compared_by_content(tmp_path):
         same_run.check_fingerprint({}, {"seed": 2}, tmp_path)
 
 
+def test_what_changed_in_the_data_is_said_file_by_file_and_may_be_allowed_by_name(tmp_path, capsys):
+    before = {"files": [["a", 10, 1], ["b", 20, 2], ["c", 5, 3]], "seed": 0}
+    now = {"files": [["a", 10, 9], ["b", 21, 4], ["d", 6, 5]], "seed": 1}
+    with pytest.raises(UserError) as refused:
+        same_run.check_fingerprint(before, now, tmp_path)
+    *changes, instead = refused.value.args
+    ends = [
+        "c (5 pairs) is gone.",
+        "d (6 pairs) is new.",
+        "a has other bytes.",
+        "b is another: it had 20 pairs, now 21.",
+    ]
+    assert [change.rpartition("files: ")[2] for change in changes[:4]] == ends
+    assert changes[4].endswith("seed was 0, is 1.")
+    assert "--allow_data_change=NAME" in instead
+    with pytest.raises(UserError, match="seed was 0, is 1"):
+        same_run.check_fingerprint(before, now, tmp_path, allow=["files"])
+    same_run.check_fingerprint(before, now, tmp_path, allow=["files", "seed"])
+    assert "c (5 pairs) is gone" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is none of files, seed"):
+        same_run.check_fingerprint(before, now, tmp_path, allow=["file"])
+    turned = {"files": before["files"][::-1], "seed": 0}
+    with pytest.raises(UserError, match="their order is another"):
+        same_run.check_fingerprint(before, turned, tmp_path)
+
+
 def test_a_beginning_is_kept(tmp_path):
     c = tiny.config()
     fields = {field.name: None for field in dataclasses.fields(Description)}
