@@ -3,14 +3,18 @@
     python -m moe_embed.evaluate --model=runs/demo --task=moe_embed/sample/tasks/xling-libreoffice-help-de-en --output=r.json
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --dims=128,64 --output=r.json
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --baseline=bm25 --output=r.json
+    python -m moe_embed.evaluate --model=runs/demo --task=BIG --cache=DIR --output=r.json
     python -m moe_embed.evaluate --compare=r.json,base.json
 
 Writes {"task": {"ndcg@10": ..., "interval": [low, high], "queries": {id: nDCG@10}}}: the interval is a bootstrap's, 95 %. With
 --dims a task also has "dims": {"64": {...}}, with --precisions "precisions": {"int8": {...}}; with --baseline
 {"moe_embed": {"task": ...}, "bm25": {"task": ...}}. --compare says which of two outputs is better, and how sure that is.
+With --cache the texts of a corpus stay on disk and its vectors go there, for corpora that memory does not hold: the figures are
+the same, and a run that was stopped goes on. Vectors are found again by texts and model; delete DIR when the code has changed.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -22,8 +26,9 @@ from collections.abc import Iterator, Sequence
 import bm25s
 import numpy as np
 
-from moe_embed import quantize, retrieval, significance, verb
+from moe_embed import quantize, retrieval, significance, vector_file, verb
 from moe_embed.config import UserError
+from moe_embed.data.corpus import Corpus
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
 
@@ -48,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--runs", type=pathlib.Path, help="also write each task's ranking there: TASK.trec, TREC's run format"
     )
+    parser.add_argument("--cache", type=pathlib.Path, help="keep documents' vectors in this folder, and texts on disk")
     parser.add_argument("--compare", help="two earlier outputs, R.json,BASE.json: is the first better?")
     arguments = parser.parse_args(argv)
     if arguments.show:
@@ -65,13 +71,14 @@ def main(argv: Sequence[str]) -> None:
     folders = [folder for folder in arguments.task.split(",") if folder]
     if not folders:
         raise UserError(f"--task={arguments.task} names no folder.")
-    tasks = [read_task(folder, split=arguments.split) for folder in folders]
+    tasks = [read_task(folder, split=arguments.split, on_disk=bool(arguments.cache)) for folder in folders]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--task={arguments.task} has two folders of one name; results go by the folder's name.")
     dims, precisions = _dims(arguments.dims), _precisions(arguments.precisions)
-    if arguments.runs:
-        arguments.runs.mkdir(parents=True, exist_ok=True)
-    found = evaluate(load(arguments.model), tasks, dims=dims, precisions=precisions, runs=arguments.runs)
+    for folder in filter(None, (arguments.runs, arguments.cache)):
+        folder.mkdir(parents=True, exist_ok=True)
+    folders = {"runs": arguments.runs, "cache": arguments.cache}
+    found = evaluate(load(arguments.model), tasks, dims=dims, precisions=precisions, **folders)
     results = {"moe_embed": found}
     if arguments.baseline:
         results["bm25"] = {task.name: measured(task, bm25(task)) for task in tasks}
@@ -108,22 +115,35 @@ def evaluate(
     dims: Sequence[int] = (),
     precisions: Sequence[str] = (),
     runs: pathlib.Path | None = None,
+    cache: pathlib.Path | None = None,
 ) -> dict[str, dict]:
-    """{task: `measured`[, "dims": {"64": {...}}][, "precisions": {"int8": {...}}]}; rankings go to the folder `runs`."""
-    results = {}
-    encode = lambda texts, name: model.encode(texts, model.prompt(name), progress=sys.stderr.isatty())  # noqa: E731
+    """{task: `measured`[, "dims": {"64": {...}}][, "precisions": {"int8": {...}}]}; rankings go to the folder `runs`.
+
+    The vectors of tasks that were read with on_disk go to the folder `cache`.
+    """
+    results, tty = {}, sys.stderr.isatty()
+
+    def encode(texts: Sequence[str] | Corpus, name: str) -> np.ndarray:
+        if isinstance(texts, Corpus):
+            on_disk = vector_file.Texts(texts.values, len(texts), texts.digest)
+            return vector_file.cached(model, cache, on_disk, task=model.prompt(name), progress=tty)
+        return model.encode(texts, model.prompt(name), progress=tty)
+
     for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
-        run = retrieval.run_of(task, query_ND, document_CD)
+        rank = functools.partial(retrieval.run_of, task, mesh=model.mesh)
+        run = rank(query_ND, document_CD)
         results[task.name] = measured(task, run)
-        of = lambda *vectors, task=task: retrieval.measure(task, retrieval.run_of(task, *vectors))  # noqa: E731
+
+        def of(f, task=task, rank=rank, query_ND=query_ND, document_CD=document_CD) -> dict[str, float]:
+            return retrieval.measure(task, rank(f(query_ND), retrieval.Rows(document_CD, f)))
+
         if dims:
-            results[task.name]["dims"] = {str(dim): of(_cut(query_ND, dim), _cut(document_CD, dim)) for dim in dims}
+            cut = {str(dim): functools.partial(_cut, dim=dim) for dim in dims}
+            results[task.name]["dims"] = {name: of(f) for name, f in cut.items()}
         if precisions:
             ranges = quantize.ranges_of(document_CD)
-            small = lambda x_ND, name, ranges=ranges: quantize.for_search(x_ND, name, ranges)  # noqa: E731
-            results[task.name]["precisions"] = {
-                name: of(small(query_ND, name), small(document_CD, name)) for name in precisions
-            }
+            small = {name: functools.partial(quantize.for_search, precision=name, ranges=ranges) for name in precisions}
+            results[task.name]["precisions"] = {name: of(f) for name, f in small.items()}
         if runs:
             (runs / f"{task.name.replace('/', '-')}.trec").write_text("".join(trec_lines(run)), "utf-8")
     return results

@@ -17,13 +17,13 @@ OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"
 
 LAYERS = (
     {"config", "verb", "metrics", "cluster", "agreement", "batcher"},
-    {"data", "data.sources", "data.tables", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
+    {"data", "data.sources", "data.corpus", "data.tables", "data.tokenizer", "data.mixture", "data.batches", "data.mlm_batches", "data.vocabulary"},
     {"sharding"},
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "significance", "quantize", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "protocol", "mteb_model", "same_run", "held_out", "hlo", "hlo_count",
-     "topology", "estimate", "ahead", "bars"},
+     "topology", "estimate", "ahead", "bars", "vector_file"},
     {""},  # moe_embed/__init__.py: the public names
     {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "serve", "soup", "upcycle", "doctor"},  # the verbs
 )  # fmt: skip

@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from moe_embed.config import UserError
+from moe_embed.data import corpus as corpus_lib
 from moe_embed.data import tables
+from moe_embed.data.tables import SURROGATE, is_text
 
 GRADE = re.compile(r"-?[0-9]{1,9}")
 SIDES = ("query", "document")
 FLOAT_MAX = sys.float_info.max
 GROUPS = ("cqadupstack", "miracl")  # folders of tasks that count as one: BEIR's twelve forums, MIRACL's languages
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Task:
     """A retrieval task: find each query's relevant documents in the corpus."""
 
     name: str
-    corpus: dict[str, str]  # document id -> text, title first
+    corpus: dict[str, str] | corpus_lib.Corpus  # document id -> text, title first; or the same left on disk
     queries: dict[str, str]  # those with a judgement
     relevance: dict[str, dict[str, int]]  # query id -> document id -> grade
 
@@ -196,25 +197,28 @@ def find_files(text: str) -> list[str]:
     return found
 
 
-def read_task(folder: str, *, split: str = "test") -> Task:
-    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv. UserError names file, line and fault."""
+def read_task(folder: str, *, split: str = "test", on_disk: bool = False) -> Task:
+    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv. UserError names file, line and fault.
+
+    With `on_disk` the documents' texts are left there, and read again when they are asked for.
+    """
     root = pathlib.Path(folder)
     qrels = root / "qrels" / f"{split}.tsv"
     for path in (root / "corpus.jsonl", root / "queries.jsonl", qrels):
         if not path.is_file():
             raise UserError(f"{folder} is not a BEIR folder with the split {split!r}: {path} does not exist.")
-    documents = _read_documents(root / "corpus.jsonl")
-    texts = {row["_id"]: row["text"] for _, row in _beir_rows(root / "queries.jsonl")}
+    texts = corpus_lib.by_id(root / "queries.jsonl", lambda row: row["text"])
     relevance: dict[str, dict[str, int]] = {}
     header, *lines = tables.decode(qrels, tables.read_bytes(str(qrels))).splitlines() or [""]
     if GRADE.fullmatch(header.rpartition("\t")[2]):
         raise UserError(f"{qrels}:1 is a judgement; the first line of qrels is 'query-id<TAB>corpus-id<TAB>score'.")
-    for number, line in enumerate(lines, start=2):
-        fields = line.split("\t")
+    judgements = [line.split("\t") for line in lines]
+    for number, fields in enumerate(judgements, start=2):
         if len(fields) != 3 or not GRADE.fullmatch(fields[2]):
             raise UserError(f"{qrels}:{number} is not 'query-id<TAB>corpus-id<TAB>grade'.")
-        query_id, document_id, grade = fields
-        if query_id not in texts or document_id not in documents:
+    corpus, known = corpus_lib.read(root / "corpus.jsonl", judged={fields[1] for fields in judgements}, on_disk=on_disk)
+    for number, (query_id, document_id, grade) in enumerate(judgements, start=2):
+        if query_id not in texts or document_id not in known:
             raise UserError(f"{qrels}:{number} names {query_id} and {document_id}; one of them does not exist.")
         relevance.setdefault(query_id, {})[document_id] = int(grade)
     if not relevance:
@@ -222,7 +226,6 @@ def read_task(folder: str, *, split: str = "test") -> Task:
     for query_id in relevance:
         if not is_text(texts[query_id]):
             raise UserError(f"{root / 'queries.jsonl'}: the query {query_id} is empty or no text.")
-    corpus = {document_id: text for document_id, text in documents.items() if is_text(text)}  # BEIR has empty ones
     group = root.resolve().parent.name
     name = f"{group}/{root.name}" if group in GROUPS else root.name
     return Task(name, corpus, {query_id: texts[query_id] for query_id in relevance}, relevance)
@@ -230,30 +233,18 @@ def read_task(folder: str, *, split: str = "test") -> Task:
 
 def read_corpus(path: str | pathlib.Path) -> dict[str, str]:
     """A BEIR corpus.jsonl: document id -> text, title first, without the empty ones. UserError names file and fault."""
-    corpus = {document_id: text for document_id, text in _read_documents(pathlib.Path(path)).items() if is_text(text)}
+    corpus, _ = corpus_lib.read(pathlib.Path(path))
     if not corpus:
         raise UserError(f"{path} holds no documents.")
     return corpus
 
 
-def read_texts(path: str, *, stream=None) -> list[str]:
-    """The "text" of each line of a JSONL file (or of `stream`); UserError names the line that has none."""
-    data = tables.read_bytes(path) if stream is None else stream.read()
-    texts = []
-    for where, row in tables.json_rows(path, data, every_line=True):
+def read_texts(path: str, *, stream: Iterable[bytes] | None = None) -> Iterator[str]:
+    """The "text" of each line of a JSONL file (or of `stream`) as it comes; UserError names the line that has none."""
+    for where, row in tables.json_rows(path, tables.read_lines(path) if stream is None else stream, every_line=True):
         if not isinstance(row, dict) or not is_text(row.get("text")):
             raise UserError(f'{where} has no text; each line is {{"text": "..."}} with something in it.')
-        texts.append(row["text"])
-    return texts
-
-
-def _read_documents(path: pathlib.Path) -> dict[str, str]:
-    return {row["_id"]: _document(row) for _, row in _beir_rows(path)}
-
-
-def is_text(value) -> bool:
-    """Whether a value is a string with something in it that UTF-8 can say (JSON can hold half a surrogate pair)."""
-    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
+        yield row["text"]
 
 
 def _read_vectors(path: str, num_rows: int) -> np.ndarray:
@@ -343,19 +334,3 @@ def _scores(row: dict, where: str, num_documents: int, num_negatives: int) -> tu
             f"of its {num_negatives} negatives."
         )
     return [float(s) for s in scores[:num_documents]], [float(s) for s in scores[num_documents:]]
-
-
-def _beir_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
-    seen = set()
-    for where, row in tables.json_rows(path, tables.read_bytes(str(path))):
-        if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise UserError(f'{where} needs the strings "_id" and "text".')
-        if row["_id"] in seen:
-            raise UserError(f"{where} has the _id {row['_id']!r} a second time.")
-        seen.add(row["_id"])
-        yield where, row
-
-
-def _document(row: dict) -> str:
-    title = row["title"] if isinstance(row.get("title"), str) else ""
-    return f"{title} {row['text']}".strip()

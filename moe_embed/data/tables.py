@@ -5,12 +5,14 @@ import gzip
 import io
 import json
 import pathlib
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moe_embed.config import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_bytes(path: str) -> bytes:
@@ -20,6 +22,17 @@ def read_bytes(path: str) -> bytes:
     try:
         data = pathlib.Path(path).read_bytes()
         return gzip.decompress(data) if path.endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def read_lines(path: str) -> Iterator[bytes]:
+    """A file's lines as they are asked for, unpacked where its name ends in .gz. UserError if it cannot be read."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"{path} does not exist, or is no file.")
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            yield from file
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
@@ -38,7 +51,7 @@ def rows(path: str, data: bytes) -> Iterator[tuple[str, dict]]:
     """("file:line", row) of each row in order; `data` is read_bytes(path). UserError names file, line and fault."""
     suffix = kind(path)
     if suffix == ".jsonl":
-        yield from json_rows(path, data)
+        yield from json_rows(path, io.BytesIO(data))
     elif suffix == ".parquet":
         yield from _parquet_rows(path, data)
     else:
@@ -67,16 +80,32 @@ def _parquet_rows(path: str, data: bytes) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path} cannot be read as Parquet: {error}.") from error
 
 
-def json_rows(path, data: bytes, *, every_line: bool = False) -> Iterator[tuple[str, dict]]:
-    """(file:line, value) of each line; blank lines are passed over, unless a line's place matters (`every_line`)."""
-    lines = decode(path, data).rstrip().split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() and (not every_line or len(lines) == 1):
-            continue
+def json_rows(path, lines: Iterable[bytes], *, every_line: bool = False) -> Iterator[tuple[str, dict]]:
+    """(file:line, value) of each line as it comes; blank ones are passed over, unless a line's place matters (`every_line`).
+
+    Blank lines at the end have no place. UserError names file, line and fault.
+    """
+    blank = None
+    for number, data in enumerate(lines, start=1):
         try:
-            yield f"{path}:{number}", json.loads(line)
+            line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number} is not UTF-8; convert the file.") from error
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank and every_line:
+            raise UserError(f"{path}:{blank} is not JSON (it is blank); each line is one object.")
+        try:
+            value = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}:{number} is not JSON ({error}); each line is one object.") from error
+        yield f"{path}:{number}", value
+
+
+def is_text(value) -> bool:
+    """Whether a value is a string with something in it that UTF-8 can say (JSON can hold half a surrogate pair)."""
+    return isinstance(value, str) and bool(value.strip()) and not SURROGATE.search(value)
 
 
 def decode(path, data: bytes) -> str:
