@@ -4,21 +4,22 @@
     echo '{"text": "Wie drucke ich?"}' | python -m moe_embed.embed --model=runs/demo --input=- --output=E.npy --task=query
     python -m moe_embed.embed --model=runs/demo --search=corpus.jsonl
 
-Each line of the input is {"text": ...}; row i of the output is line i. --search reads a BEIR corpus.jsonl and then
+Each line of the input is {"text": ...}; row i of the output is line i. The input may be larger than memory: it is read once to
+check and count its lines, and then as it is encoded. Run again, a command that was stopped goes on. --search reads a BEIR corpus.jsonl and then
 queries: a line each from the terminal, or from --input.
 """
 
 import argparse
+import functools
 import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from moe_embed import retrieval, verb
+from moe_embed import retrieval, vector_file, verb
 from moe_embed.config import UserError
+from moe_embed.data import corpus as corpus_lib
 from moe_embed.data import sources
 from moe_embed.load import Model, load
 
@@ -28,10 +29,11 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m moe_embed.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export")
-    parser.add_argument("--input", help="a .jsonl file, or - for standard input")
-    parser.add_argument("--output", type=pathlib.Path, help="a .npy file: float32 [lines, dim], unit norm")
+    parser.add_argument("--input", help="a .jsonl or .jsonl.gz file, or - for standard input")
+    parser.add_argument("--output", type=pathlib.Path, help="a .npy file: [lines, dim], unit norm")
     parser.add_argument("--task", help="the prompt to put in front: query, document, ... (default: none)")
     parser.add_argument("--dim", type=int, help="keep this many numbers of each vector")
+    parser.add_argument("--dtype", choices=vector_file.DTYPES, default="float32", help="of the output")
     parser.add_argument("--search", help="a corpus.jsonl to search instead of writing vectors")
     parser.add_argument("--top_k", type=int, default=3, help="documents shown for a query")
     arguments = parser.parse_args(argv)
@@ -43,16 +45,20 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--top_k={arguments.top_k} shows nothing; give 1 or more.")
     if arguments.output:
         verb.check_output(arguments.output, "--output")
-    texts = _read(arguments.input) if arguments.input else None
     if arguments.search:
         corpus = list(sources.read_corpus(arguments.search).values())
-        model = load(arguments.model)
-        search(model, corpus, texts if texts is not None else _typed(), top_k=arguments.top_k, dim=arguments.dim)
+        queries = list(_read(arguments.input)) if arguments.input else _typed()
+        search(load(arguments.model), corpus, queries, top_k=arguments.top_k, dim=arguments.dim)
     else:
-        vectors = load(arguments.model).encode(texts, arguments.task, arguments.dim, progress=sys.stderr.isatty())
-        with open(arguments.output, "wb") as file:  # np.save(path) would add .npy to other names
-            np.save(file, vectors)
-        print(f"{arguments.output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers.")
+        model, read = load(arguments.model), functools.partial(_read, arguments.input)
+        dim = model.options(arguments.task, arguments.dim, None)[1]  # a fault of theirs is said before a long reading
+        if arguments.input == "-":
+            typed = list(read())  # a pipe is not read twice
+            read = lambda: typed  # noqa: E731
+        texts = vector_file.Texts(read, *corpus_lib.survey(read()))
+        options = {"task": arguments.task, "dim": dim, "dtype": arguments.dtype}
+        vector_file.write(model, arguments.output, texts, **options, progress=sys.stderr.isatty())
+        print(f"{arguments.output}: {texts.count} vectors of {dim} numbers.")
 
 
 def search(model: Model, corpus: Sequence[str], queries, *, top_k: int, dim: int | None = None) -> None:
@@ -80,7 +86,7 @@ def _typed():
         yield line
 
 
-def _read(path: str) -> list[str]:
+def _read(path: str) -> Iterator[str]:
     return sources.read_texts("standard input", stream=sys.stdin.buffer) if path == "-" else sources.read_texts(path)
 
 

@@ -3,6 +3,7 @@
     python -m moe_embed.evaluate --model=runs/demo --task=moe_embed/sample/tasks/xling-libreoffice-help-de-en --output=r.json
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --dims=128,64 --output=r.json
     python -m moe_embed.evaluate --model=runs/demo --task=A,B,C --baseline=bm25 --output=r.json
+    python -m moe_embed.evaluate --model=runs/demo --task=BIG --cache=DIR --output=r.json
     python -m moe_embed.evaluate --compare=r.json,base.json
     python -m moe_embed.evaluate --model=runs/demo --task=mteb:NanoBEIR,mteb:MIRACLRetrieval/de --output=r.json --mteb_results=DIR
     python -m moe_embed.evaluate --model=runs/demo --task=A,B --output=steps.jsonl --watch
@@ -10,6 +11,8 @@
 Writes {"task": {"ndcg@10": ..., "interval": [low, high], "queries": {id: nDCG@10}}}: the interval is a bootstrap's, 95 %. With
 --dims a task also has "dims": {"64": {...}}, with --precisions "precisions": {"int8": {...}}; with --baseline
 {"moe_embed": {"task": ...}, "bm25": {"task": ...}}. --compare says which of two outputs is better, and how sure that is.
+With --cache the texts of a corpus stay on disk and its vectors go there, for corpora that memory does not hold: the figures are
+the same, and a run that was stopped goes on. Vectors are found again by texts and model; delete DIR when the code has changed.
 Names after mteb: are fetched once (named_tasks.py; pip install -e ".[mteb]"). --watch measures every checkpoint of a run that
 another process trains, a row of the output each, until the run's last step; started again, it goes on.
 """
@@ -25,8 +28,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moe_embed import bm25, mteb_results, named_tasks, quantize, retrieval, significance, verb
+from moe_embed import bm25, mteb_results, named_tasks, quantize, retrieval, significance, vector_file, verb
 from moe_embed.config import UserError
+from moe_embed.data.corpus import Corpus
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
 from moe_embed.retrieval import read_results
@@ -55,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--mteb_results", type=pathlib.Path, help="also write mteb's TASK.json files there")
     parser.add_argument("--watch", action="store_true", help="measure each checkpoint of the workdir as it comes")
+    parser.add_argument("--cache", type=pathlib.Path, help="keep documents' vectors in this folder, and texts on disk")
     parser.add_argument("--compare", help="two earlier outputs, R.json,BASE.json: is the first better?")
     arguments = parser.parse_args(argv)
     if arguments.show:
@@ -69,17 +74,26 @@ def main(argv: Sequence[str]) -> None:
     if not (arguments.model and arguments.task and arguments.output):
         parser.error("give --model, --task and --output, or --show=R.json, or --compare=R.json,BASE.json")
     verb.check_output(arguments.output, "--output")
-    others = {"--baseline": arguments.baseline, "--runs": arguments.runs, "--mteb_results": arguments.mteb_results}
+    others = {
+        "--cache": arguments.cache,
+        "--baseline": arguments.baseline,
+        "--runs": arguments.runs,
+        "--mteb_results": arguments.mteb_results,
+    }
     if arguments.watch and (set_ := [flag for flag, value in others.items() if value]):
         raise UserError(f"--watch measures steps, without {set_[0]}; evaluate the finished run with that.")
-    tasks = open_tasks(arguments.task, split=arguments.split, downloads=arguments.downloads)
+    tasks = open_tasks(
+        arguments.task, split=arguments.split, downloads=arguments.downloads, on_disk=bool(arguments.cache)
+    )
     dims, precisions = _dims(arguments.dims), _precisions(arguments.precisions)
-    of_model = functools.partial(evaluate, tasks=tasks, dims=dims, precisions=precisions, runs=arguments.runs)
+    of_model = functools.partial(
+        evaluate, tasks=tasks, dims=dims, precisions=precisions, runs=arguments.runs, cache=arguments.cache
+    )
     if arguments.watch:
         names = [task.name for task in tasks]
         watch(pathlib.Path(arguments.model), arguments.output, lambda model: summary(of_model(model)), tasks=names)
         return
-    for folder in filter(None, (arguments.runs, arguments.mteb_results)):
+    for folder in filter(None, (arguments.runs, arguments.cache, arguments.mteb_results)):
         folder.mkdir(parents=True, exist_ok=True)
     found = of_model(load(arguments.model))
     results = {"moe_embed": found}
@@ -91,15 +105,17 @@ def main(argv: Sequence[str]) -> None:
         mteb_results.write(arguments.mteb_results, tasks, found)
 
 
-def open_tasks(text: str, *, split: str | None = None, downloads: str = named_tasks.FOLDER) -> list[Task]:
+def open_tasks(
+    text: str, *, split: str | None = None, downloads: str = named_tasks.FOLDER, on_disk: bool = False
+) -> list[Task]:
     """The tasks of --task: folders, and names that are fetched to `downloads`. UserError for none, or two of one name."""
     tasks = []
     for part in named_tasks.parts(text):
         if part.startswith(named_tasks.PREFIX):
             found = named_tasks.find(part, folder=downloads, split=split)
-            tasks += [dataclasses.replace(read_task(str(folder)), name=name) for name, folder in found]
+            tasks += [dataclasses.replace(read_task(str(folder), on_disk=on_disk), name=name) for name, folder in found]
         else:
-            tasks.append(read_task(part, split=split))
+            tasks.append(read_task(part, split=split, on_disk=on_disk))
     if not tasks:
         raise UserError(f"--task={text} names no folder.")
     if len({task.name for task in tasks}) < len(tasks):
@@ -123,22 +139,35 @@ def evaluate(
     dims: Sequence[int] = (),
     precisions: Sequence[str] = (),
     runs: pathlib.Path | None = None,
+    cache: pathlib.Path | None = None,
 ) -> dict[str, dict]:
-    """{task: `measured`, "seconds"[, "dims": {"64": {...}}][, "precisions": {"int8": {...}}]}; rankings go to the folder `runs`."""
-    results, start = {}, time.perf_counter()
-    encode = lambda texts, name: model.encode(texts, model.prompt(name), progress=sys.stderr.isatty())  # noqa: E731
+    """{task: `measured`, "seconds"[, "dims": {"64": {...}}][, "precisions": {"int8": {...}}]}; rankings go to the folder `runs`.
+
+    The vectors of tasks that were read with on_disk go to the folder `cache`.
+    """
+    results, tty, start = {}, sys.stderr.isatty(), time.perf_counter()
+
+    def encode(texts: Sequence[str] | Corpus, name: str) -> np.ndarray:
+        if isinstance(texts, Corpus):
+            on_disk = vector_file.Texts(texts.values, len(texts), texts.digest)
+            return vector_file.cached(model, cache, on_disk, task=model.prompt(name), progress=tty)
+        return model.encode(texts, model.prompt(name), progress=tty)
+
     for task, query_ND, document_CD in retrieval.embed_tasks(encode, tasks):
-        run = retrieval.run_of(task, query_ND, document_CD)
+        rank = functools.partial(retrieval.run_of, task, mesh=model.mesh)
+        run = rank(query_ND, document_CD)
         results[task.name] = measured(task, run)
-        of = lambda *vectors, task=task: retrieval.measure(task, retrieval.run_of(task, *vectors))  # noqa: E731
+
+        def of(f, task=task, rank=rank, query_ND=query_ND, document_CD=document_CD) -> dict[str, float]:
+            return retrieval.measure(task, rank(f(query_ND), retrieval.Rows(document_CD, f)))
+
         if dims:
-            results[task.name]["dims"] = {str(dim): of(_cut(query_ND, dim), _cut(document_CD, dim)) for dim in dims}
+            cut = {str(dim): functools.partial(_cut, dim=dim) for dim in dims}
+            results[task.name]["dims"] = {name: of(f) for name, f in cut.items()}
         if precisions:
             ranges = quantize.ranges_of(document_CD)
-            small = lambda x_ND, name, ranges=ranges: quantize.for_search(x_ND, name, ranges)  # noqa: E731
-            results[task.name]["precisions"] = {
-                name: of(small(query_ND, name), small(document_CD, name)) for name in precisions
-            }
+            small = {name: functools.partial(quantize.for_search, precision=name, ranges=ranges) for name in precisions}
+            results[task.name]["precisions"] = {name: of(f) for name, f in small.items()}
         if runs:
             (runs / f"{task.name.replace('/', '-')}.trec").write_text(
                 "".join(trec_lines(retrieval.counted(task, run))), "utf-8"

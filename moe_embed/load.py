@@ -6,11 +6,13 @@ upcycle and soup write it) or a folder in Hugging Face layout, as export writes 
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ DESCRIPTION = (
 TEXTS_PER_ROW = 16
 ROW_TOKENS = 4096  # tokens a device encodes at once
 MIN_ROW = 32
+CHUNK = 8_192  # texts a device is given at once: so many are tokenised and sorted by length together
 SPARE = 128  # tokens of padding in rows that only fill up a power of two; on two cores as long as another call takes
 
 
@@ -66,14 +69,40 @@ class Model:
 
     def encode_with_sums(self, texts, task=None, dim=None, max_length=None, *, progress=False):
         """`encode`, and how often each expert was chosen over all texts: float32 [R, E] (None for a dense model)."""
-        dim = self.encoder.dim if dim is None else dim
-        if not 1 <= dim <= self.encoder.dim:
-            raise UserError(f"dim={dim} is not between 1 and the model's {self.encoder.dim}.")
-        ids = self._tokenise(texts, task, max_length)
+        prompt, dim, cap = self.options(task, dim, max_length)
+        texts, choices_RE = list(_checked(texts)), None
+        out_ND, done = np.zeros((len(texts), dim), np.float32), 0
+        with tqdm.tqdm(total=len(texts), unit="text", disable=not progress, dynamic_ncols=True) as bar:
+            for x_ND, chosen_RE in self._encode_chunks(texts, prompt, dim, cap, bar):
+                out_ND[done : done + len(x_ND)] = x_ND
+                done += len(x_ND)
+                if chosen_RE is not None:
+                    choices_RE = chosen_RE + (0 if choices_RE is None else choices_RE)
+        return out_ND, choices_RE
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        task: str | None = None,
+        dim: int | None = None,
+        max_length: int | None = None,
+        *,
+        bar: tqdm.tqdm,
+    ) -> Iterator[np.ndarray]:
+        """`encode`, bit for bit, of texts as they come: float32 [n, dim] for each CHUNK of texts a device, in order.
+
+        Only one chunk is in memory. `bar` is told of every text.
+        """
+        for x_ND, _ in self._encode_chunks(_checked(texts), *self.options(task, dim, max_length), bar):
+            yield x_ND
+
+    def _encode_chunks(self, texts, prompt: str, dim: int, cap: int, bar: tqdm.tqdm):
+        """(float32 [n, dim], how often each expert was chosen [R, E]) for each chunk of checked texts."""
         embed = program.build_embed(self.encoder, self.moe, self.mesh, num_segments=TEXTS_PER_ROW)
-        out_ND = np.zeros((len(ids), dim), np.float32)
-        choices_RE = None
-        with tqdm.tqdm(total=len(ids), unit="text", disable=not progress, dynamic_ncols=True) as bar:
+        texts = iter(texts)
+        while some := list(itertools.islice(texts, CHUNK * self.mesh.size)):
+            ids = self.tokenizer.encode(some, prompt=prompt, max_length=cap)[0]
+            out_ND, choices_RE = np.zeros((len(ids), dim), np.float32), None
             for members, rows, packed in _rows(ids, num_devices=self.mesh.size):
                 pooled_MBSD, sums = embed(self._laid_out, sharding.put_batch(rows, mesh=self.mesh))
                 vector_ND = sharding.fetch(pooled_MBSD)[0, packed.row_N, packed.segment_N, :dim]
@@ -81,7 +110,7 @@ class Model:
                 if sums is not None:
                     choices_RE = np.asarray(sums.choices_E) + (0 if choices_RE is None else choices_RE)
                 bar.update(len(members))
-        return out_ND, choices_RE
+            yield out_ND, choices_RE
 
     @functools.cached_property
     def _laid_out(self) -> dict:
@@ -91,20 +120,35 @@ class Model:
         """`name` if the model has a prompt of that name, else None: what to give `encode` as its task."""
         return name if name in self.prompts else None
 
-    def _tokenise(self, texts: Sequence[str], task: str | None, max_length: int | None) -> list[np.ndarray]:
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of everything a vector depends on: parameters, shape, prompts, tokenizer."""
+        total = hashlib.blake2b(repr((self.encoder, self.moe, self.prompts)).encode(), digest_size=16)
+        total.update(self.tokenizer.model_bytes)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        return total.hexdigest()
+
+    def options(self, task: str | None, dim: int | None, max_length: int | None) -> tuple[str, int, int]:
+        """What encode's options come to: (prompt, dim, tokens read of a text). UserError for one the model does not have."""
+        dim = self.encoder.dim if dim is None else dim
+        if not 1 <= dim <= self.encoder.dim:
+            raise UserError(f"dim={dim} is not between 1 and the model's {self.encoder.dim}.")
         if task is not None and task not in self.prompts:
             raise UserError(f"{self.origin} has no prompt {task!r}; it has {', '.join(self.prompts)}, or None.")
-        if isinstance(texts, str):
-            raise UserError("encode takes a list of texts; put the one text in a list.")
-        texts = list(texts)
-        for i, text in enumerate(texts):
-            if not tables.is_text(text):
-                raise UserError(f"text {i} is empty or no text: {text!r:.60}.")
-        prompt = "" if task is None else self.prompts[task]
         cap = self.encoder.max_seq_length if max_length is None else min(max_length, self.encoder.max_seq_length)
         if cap < 3:
             raise UserError(f"max_length={max_length} leaves no room for a text between <s> and </s>; give 3 or more.")
-        return self.tokenizer.encode(texts, prompt=prompt, max_length=cap)[0]
+        return "" if task is None else self.prompts[task], dim, cap
+
+
+def _checked(texts: Iterable[str]) -> Iterator[str]:
+    if isinstance(texts, str):
+        raise UserError("encode takes a list of texts; put the one text in a list.")
+    for i, text in enumerate(texts):
+        if not tables.is_text(text):
+            raise UserError(f"text {i} is empty or no text: {text!r:.60}.")
+        yield text
 
 
 def _rows(ids: list[np.ndarray], *, num_devices: int):

@@ -27,7 +27,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 import tqdm
 
@@ -146,7 +145,7 @@ def mine(
     Continues what an earlier call left in OUTPUT.work. UserError if that was of another model, files or dtype, or if no
     row is left to write. Another `depth` searches again; other options need no work to be done twice.
     """
-    work = _open_work(output, {"model": digest(model), "pairs and corpus": texts.digest, "dtype": dtype})
+    work = _open_work(output, {"model": model.digest, "pairs and corpus": texts.digest, "dtype": dtype})
     chunk = CHUNK * (model.mesh.size if model.mesh else 1)
 
     def encoded(some: Sequence[str], task: str, first: int) -> Iterator[tuple[np.ndarray]]:
@@ -262,15 +261,6 @@ def summary(counts: dict[str, float], output: pathlib.Path, *, num_negatives: in
             f"  known positives among the negatives: {n['known']}",
         )
     )
-
-
-def digest(model: Model) -> str:
-    """Of everything a vector depends on: parameters, shape, prompts, tokenizer."""
-    total = hashlib.blake2b(repr((model.encoder, model.moe, model.prompts)).encode(), digest_size=16)
-    total.update(model.tokenizer.model_bytes)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-    return total.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Exact search and the published metrics: what train, embed and evaluate measure with."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,6 +15,7 @@ import tqdm
 from moe_embed import config as config_lib
 from moe_embed import sharding
 from moe_embed.config import UserError
+from moe_embed.data.corpus import Corpus
 from moe_embed.data.sources import Task
 
 METRICS = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "mrr@10": "recip_rank"}
@@ -21,6 +23,22 @@ BLOCK = 16_384  # documents a device scores at once
 QUERIES = 1_024  # queries scored at once
 DEPTH = 100  # documents kept for a query
 RESIDENT = 2**31  # bytes of documents a device keeps between blocks of queries; more is read again for each
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """An array whose rows are read through a function: documents of a memory map, cut or quantized a block at a time."""
+
+    array_ND: np.ndarray
+    of: Callable[[np.ndarray], np.ndarray]  # of some rows, each by itself
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.array_ND)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Those rows, as `of` gives them."""
+        return self.of(self.array_ND[rows])
 
 
 def top_k(
@@ -34,7 +52,7 @@ def top_k(
     """The k documents of highest inner product for each query, exactly, in blocks: never the N x C matrix.
 
     Args:
-      document_CD: any float dtype, scored in float32; it may be a memory map.
+      document_CD: any float dtype, scored in float32; it may be a memory map, or Rows of one.
       mesh: its devices share the documents; None is one device. The result is the same, bit for bit.
 
     Returns:
@@ -53,7 +71,8 @@ def search(
     """`top_k` as it comes: (scores, indices) of each QUERIES queries in order, from the query `first` on; at least once."""
     mesh = sharding.make_mesh(config_lib.Mesh(), devices=jax.local_devices()[:1]) if mesh is None else mesh
     k = min(k, len(document_CD))
-    kept = list(_blocks(document_CD, mesh)) if document_CD.size * 4 <= RESIDENT * mesh.size else None
+    resident = document_CD[:1].size * 4 * len(document_CD) <= RESIDENT * mesh.size
+    kept = list(_blocks(document_CD, mesh)) if resident else None
     num_queries = min(QUERIES, len(query_ND))
     for start in range(first, max(len(query_ND), 1), QUERIES):
         some_ND = np.asarray(query_ND[start : start + QUERIES], np.float32)
@@ -117,22 +136,25 @@ def _merge(best_score_NC, best_index_NC, *, num_lists: int):
 
 
 def embed_tasks(encode: Callable, tasks: Iterable[Task]) -> Iterator[tuple[Task, np.ndarray, np.ndarray]]:
-    """Each task with query_ND and document_CD, by encode(texts, "query" or "document").
+    """Each task with query_ND and document_CD, by encode(texts, "query" or "document"); a Corpus is handed on as it is.
 
     A corpus that stands in consecutive tasks (cross-lingual ones share theirs) is encoded once.
     """
     corpus = document_CD = None
     for task in tasks:
-        if corpus != list(task.corpus.values()):
-            corpus = list(task.corpus.values())
+        texts = task.corpus if isinstance(task.corpus, Corpus) else list(task.corpus.values())
+        if corpus != texts:
+            corpus = texts
             document_CD = encode(corpus, "document")
         yield task, encode(list(task.queries.values()), "query"), document_CD
 
 
-def run_of(task: Task, query_ND: np.ndarray, document_CD: np.ndarray) -> dict[str, dict[str, float]]:
+def run_of(
+    task: Task, query_ND: np.ndarray, document_CD: np.ndarray, *, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, dict[str, float]]:
     """Rank a task's corpus for its queries: query id -> document id -> score, the first DEPTH. Rows in the task's order."""
-    documents = list(task.corpus)
-    scores, indices = top_k(query_ND, document_CD, k=DEPTH)
+    documents = task.corpus.ids if isinstance(task.corpus, Corpus) else list(task.corpus)
+    scores, indices = top_k(query_ND, document_CD, k=DEPTH, mesh=mesh)
     return {
         query_id: {documents[c]: float(s) for s, c in zip(score, index, strict=True)}
         for query_id, score, index in zip(task.queries, scores, indices, strict=True)

@@ -5,15 +5,21 @@ import itertools
 import json
 import math
 import pathlib
+import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
-from moe_embed import evaluate, retrieval
+from moe_embed import config as config_lib
+from moe_embed import evaluate, retrieval, sharding
 from moe_embed.config import UserError
+from moe_embed.data import tokenizer
 from moe_embed.data.origin import Origin
 from moe_embed.data.sources import Task
+from moe_embed.load import Model
+from moe_embed.model import encoder
 
 TASKS = pathlib.Path(evaluate.__file__).parent / "sample" / "tasks"
 TEXTS = ["The cell, the table and the page", "Insert a table: a table has cells", "表を挿入する", "THE page", "margins"]
@@ -64,7 +70,7 @@ def stand_in(prompts=("query", "document")):
         return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
 
     prompt = lambda name: name if name in prompts else None  # noqa: E731
-    return types.SimpleNamespace(encode=encode, prompt=prompt, asked=asked)
+    return types.SimpleNamespace(encode=encode, prompt=prompt, asked=asked, mesh=None)
 
 
 def test_evaluate_against_a_ranking_by_hand_with_dims():
@@ -133,6 +139,59 @@ def test_queries_intervals_small_vectors_and_runs(tmp_path):
     assert all(float(a[4]) >= float(b[4]) for a, b in itertools.pairwise(lines[:5]))
     read = {q: {line[2]: float(line[4]) for line in lines if line[0] == q} for q in QUERIES}
     assert retrieval.measure(task(), read)["ndcg@10"] == pytest.approx(found["ndcg@10"])
+
+
+def small_task(folder: pathlib.Path, name: str, *, documents: int) -> pathlib.Path:
+    """The first documents of a shipped task in a folder of their own, one more that is empty, and who asks for them."""
+    whole, root = evaluate.read_task(str(TASKS / name)), folder / name
+    kept = dict(itertools.islice(whole.corpus.items(), documents)) | {"empty": " "}
+    judged = [(q, d, grade) for q, of in whole.relevance.items() for d, grade in of.items() if d in kept]
+    (root / "qrels").mkdir(parents=True)
+    for file, texts in (("corpus.jsonl", kept), ("queries.jsonl", {q: whole.queries[q] for q, _, _ in judged})):
+        (root / file).write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in texts.items()), "utf-8")
+    lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in judged)]
+    (root / "qrels" / "test.tsv").write_text("\n".join(lines))
+    return root
+
+
+def test_with_a_cache_the_figures_are_the_same_to_the_last_digit(tmp_path, monkeypatch, eight_devices):
+    """With real vectors, in several chunks, over eight devices; and what was cached is not made again."""
+    c = config_lib.load("configs/demo.py:tiny")
+    mesh = sharding.make_mesh(config_lib.Mesh())
+    params = encoder.init(c.encoder, c.moe, key=jax.random.key(0))
+    params = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
+    model = Model(c.encoder, c.moe, params, tokenizer.read(c.data.tokenizer), {"document": "d: "}, mesh, "test")
+    monkeypatch.setattr(evaluate, "load", lambda path: model)
+    monkeypatch.setattr(sys.modules["moe_embed.load"], "CHUNK", 4)
+    names = ("xling-libreoffice-help-de-en", "xling-libreoffice-help-fr-en", "libreoffice-help-ja")
+    folders = [small_task(tmp_path, name, documents=70) for name in names]  # the first two have one corpus
+    arguments = [
+        "--model=m",
+        f"--task={','.join(map(str, folders))}",
+        "--dims=8",
+        "--precisions=int8",
+        "--baseline=bm25",
+    ]
+    found = {}
+    for name, cache in (
+        ("plain", []),
+        ("cached", [f"--cache={tmp_path / 'v'}"]),
+        ("again", [f"--cache={tmp_path / 'v'}"]),
+    ):
+        if name == "again":
+            monkeypatch.setattr(Model, "encode_stream", None)
+        evaluate.main([*arguments, f"--output={tmp_path / name}.json", f"--runs={tmp_path / name}", *cache])
+        runs = [path.read_text() for path in sorted((tmp_path / name).iterdir())]
+        figures = json.loads((tmp_path / f"{name}.json").read_text())
+        assert all(
+            of_task.pop("seconds") > 0 for of_task in figures["moe_embed"].values()
+        )  # all but the time is the same
+        found[name] = (json.dumps(figures), runs)
+    assert found["plain"] == found["cached"] == found["again"]
+    assert [len(run.splitlines()) % 70 for run in found["plain"][1]] == [0, 0, 0]
+    assert len(list((tmp_path / "v").iterdir())) == 2
+    results = json.loads(found["plain"][0])["moe_embed"][names[2]]
+    assert results["ndcg@10"] != results["dims"]["8"]["ndcg@10"] > 0
 
 
 def compare(tmp_path, first: dict, second: dict, capsys) -> str:

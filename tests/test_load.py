@@ -1,10 +1,12 @@
 """encode: rows in the caller's order, the same vector in any company, and clear refusals."""
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
 import pytest
+import tqdm
 
 from moe_embed import checkpoint, sharding
 from moe_embed import config as config_lib
@@ -57,7 +59,7 @@ def test_prompt_dim_and_length(model):
     np.testing.assert_allclose(cut[3], plain[3], atol=1e-6)
     long = ["word " * 400]
     np.testing.assert_allclose(model.encode(long, max_length=10_000), model.encode(long), atol=1e-6)
-    assert len(model._tokenise(long, None, 10_000)[0]) == model.encoder.max_seq_length
+    assert model.options(None, None, 10_000) == ("", 32, model.encoder.max_seq_length)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
@@ -95,6 +97,22 @@ def test_a_model_folder_is_replaced_and_nothing_else(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         save(model, tmp_path / "file" / "m", made_by="a test")
+
+
+def test_chunks_and_a_stream_are_the_same_vectors(model, monkeypatch):
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 20)]
+    whole, choices_RE = model.encode_with_sums(texts, "query", 8)
+    monkeypatch.setattr(sys.modules["moe_embed.load"], "CHUNK", 24 // model.mesh.size)
+    in_chunks, also_choices_RE = model.encode_with_sums(texts, "query", 8)
+    np.testing.assert_allclose(in_chunks, whole, atol=1e-6)
+    np.testing.assert_array_equal(also_choices_RE, choices_RE)
+    with tqdm.tqdm(disable=True) as bar:
+        parts = list(model.encode_stream(iter(texts), "query", 8, bar=bar))
+        assert [len(part) for part in parts] == [24, 24, 24, 8]
+        np.testing.assert_array_equal(np.concatenate(parts), in_chunks)
+        assert np.abs(next(model.encode_stream(texts[1:], "query", 8, bar=bar)) - parts[0]).max() > 1e-3
+        with pytest.raises(UserError, match="text 30 is empty"):
+            list(model.encode_stream([*texts[:30], ""], bar=bar))
 
 
 def test_any_iterable_of_texts_will_do(model):
@@ -138,6 +156,6 @@ def test_a_step_of_a_workdir_can_be_chosen(tmp_path):
     assert all(map(np.array_equal, found[1], found[2]))
     assert not all(map(np.array_equal, found[0], found[1]))
     (tmp_path / "checkpoints" / "1" / checkpoint.MANIFEST).unlink()
-    for step, words in ((1, "step 1 of .* does not verify: .*the save did not finish"), (3, "step 3 of")):
+    for step, words in ((1, "step 1 of .* does not verify: .*it is unfinished"), (3, "step 3 of")):
         with pytest.raises(UserError, match=words):
             load(tmp_path, step=step)

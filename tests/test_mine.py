@@ -47,7 +47,8 @@ def fake(vectors=vector, *, stop_at: int = -1, mesh=None, params=0):
 
     model = {"encode": encode, "prompt": lambda name: name, "mesh": mesh, "asked": asked, "prompts": {}}
     tokenizer = types.SimpleNamespace(model_bytes=b"t")
-    return types.SimpleNamespace(**model, params={"w_D": np.full(3, params)}, tokenizer=tokenizer, encoder=1, moe=2)
+    model |= {"params": {"w_D": np.full(3, params)}, "tokenizer": tokenizer, "encoder": 1, "moe": 2}
+    return types.SimpleNamespace(**model, digest=Model.digest.func(types.SimpleNamespace(**model)))
 
 
 def by_loop(files, vectors=vector, *, corpus=(), num_negatives, margin, depth, drop_incomplete) -> list[dict]:

@@ -112,6 +112,7 @@ def test_run_of_names_the_documents_in_the_tasks_order(monkeypatch):
     query_ND = document_CD[[2, 5]] + 0.5 * document_CD[[7, 4]]
     run = retrieval.run_of(some, query_ND, document_CD)
     assert run == {"q1": {"d2": 1.0, "d7": 0.5, "d0": 0.0}, "q0": {"d5": 1.0, "d4": 0.5, "d0": 0.0}}
+    assert retrieval.run_of(some, query_ND, document_CD, mesh=mesh_of(8)) == run
     assert retrieval.measure(some, run)["mrr@10"] == 0.75
 
 
@@ -185,6 +186,21 @@ def test_a_memory_map_of_half_precision_is_scored_in_single(small_blocks, tmp_pa
     assert (scores.tobytes(), indices.tobytes()) == (wanted[0].tobytes(), wanted[1].tobytes())
     assert scores.dtype == np.float32
     assert np.abs(scores - scores.astype(np.float16)).max() > 0
+
+
+def test_rows_are_read_through_their_function(small_blocks, tmp_path, monkeypatch):
+    rng = np.random.default_rng(7)
+    query_ND, document_CD = (rng.normal(size=(n, 6)).astype(np.float32) for n in (4, 30))
+    np.save(tmp_path / "d.npy", document_CD)
+    first = lambda x_ND: x_ND[:, :2] / np.linalg.norm(x_ND[:, :2], axis=1, keepdims=True)  # noqa: E731
+    wanted = retrieval.top_k(first(query_ND), first(document_CD), k=5)
+    for resident in (retrieval.RESIDENT, 0):
+        monkeypatch.setattr(retrieval, "RESIDENT", resident)
+        rows = retrieval.Rows(np.load(tmp_path / "d.npy", mmap_mode="r"), first)
+        found = retrieval.top_k(first(query_ND), rows, k=5)
+        assert [a.tobytes() for a in found] == [a.tobytes() for a in wanted]
+    other = retrieval.top_k(first(query_ND), document_CD[:, :2], k=5)
+    assert other[0].tobytes() != wanted[0].tobytes()
 
 
 def test_minus_zero_ties_with_zero(small_blocks):

@@ -185,11 +185,11 @@ def test_a_title_of_null_is_no_title(tmp_path):
 
 def test_read_texts(tmp_path):
     data = lines([{"text": "eins"}, {"text": "二", "id": 3}])
-    assert sources.read_texts(write(tmp_path / "t.jsonl", data)) == ["eins", "二"]
-    assert sources.read_texts("standard input", stream=io.BytesIO(data)) == ["eins", "二"]
+    assert list(sources.read_texts(write(tmp_path / "t.jsonl", data))) == ["eins", "二"]
+    assert list(sources.read_texts("standard input", stream=io.BytesIO(data))) == ["eins", "二"]
     for bad in (b'{"txt": "x"}', b'{"text": " "}', b'{"text": 3}', b'["x"]'):
         with pytest.raises(UserError, match="standard input:3 has no text"):
-            sources.read_texts("standard input", stream=io.BytesIO(data + bad))
+            list(sources.read_texts("standard input", stream=io.BytesIO(data + bad)))
 
 
 def test_empty_documents_are_judged_but_not_in_the_corpus(tmp_path):
@@ -206,9 +206,9 @@ def test_a_blank_line_among_texts_is_named_because_row_i_is_line_i(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"}\n\n')
     with pytest.raises(UserError, match=r"t\.jsonl:2 is not JSON"):
-        sources.read_texts(str(path))
+        list(sources.read_texts(str(path)))
     path.write_text('{"text": "a"}\n{"text": "b"}\n\n')
-    assert sources.read_texts(str(path)) == ["a", "b"]
+    assert list(sources.read_texts(str(path))) == ["a", "b"]
 
 
 def read(path, *rows, **columns) -> list[Pair]:

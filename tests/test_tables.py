@@ -90,3 +90,33 @@ def test_sentence_transformers_columns(tmp_path):
     assert sources.read_source(write(tmp_path / "q.jsonl", both)).pairs[0].query == "q"
     with pytest.raises(UserError, match="no column 'query'"):
         sources.read_source(write(tmp_path / "r.jsonl", [{"anchor": "a", "negative": "b"}]))
+
+
+def test_lines_are_read_as_they_are_asked_for(tmp_path):
+    data = b'\xef\xbb\xbf{"a": 1}\r\n\n{"a": 2}\n{"a"'
+    (tmp_path / "p.jsonl").write_bytes(data)
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(data[:20]) + gzip.compress(data[20:]))  # as `cat` puts them
+    for name in ("p.jsonl", "p.jsonl.gz"):
+        path = str(tmp_path / name)
+        assert list(tables.read_lines(path)) == data.splitlines(keepends=True)
+        found = tables.json_rows(path, tables.read_lines(path))
+        assert [next(found), next(found)] == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]  # before the fault
+        with pytest.raises(UserError, match=f"{name}:4 is not JSON"):
+            next(found)
+    packed = (tmp_path / "p.jsonl.gz").read_bytes()
+    (tmp_path / "p.jsonl.gz").write_bytes(packed[:-4])
+    with pytest.raises(UserError, match=r"p\.jsonl\.gz cannot be read"):
+        list(tables.read_lines(str(tmp_path / "p.jsonl.gz")))
+    with pytest.raises(UserError, match="does not exist"):
+        next(tables.read_lines(str(tmp_path / "none.jsonl")))
+
+
+def test_blank_lines_where_a_place_matters():
+    rows = lambda data: [row for _, row in tables.json_rows("p", data.splitlines(keepends=True), every_line=True)]  # noqa: E731
+    assert rows(b"1\n2\n\n \n") == [1, 2]
+    assert rows(b"\n") == []
+    for data, line in ((b"\n1\n", 1), (b"1\n\n\n2\n", 2)):
+        with pytest.raises(UserError, match=rf"p:{line} is not JSON \(it is blank\)"):
+            rows(data)
+    with pytest.raises(UserError, match="p:2 is not UTF-8"):
+        rows(b"1\n\xff\n")

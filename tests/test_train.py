@@ -121,7 +121,7 @@ def test_changed_data_and_another_tokenizer_are_refused_and_change_nothing(whole
     pairs = tmp_path / "titles.jsonl.gz"
     pairs.write_bytes(gzip.compress(b'{"query": "a b", "document": "c d"}\n' * 64))
     changed = dataclasses.replace(config.data, sources=(*config.data.sources[:-1], str(pairs)))
-    with pytest.raises(config_lib.UserError, match="files was"):
+    with pytest.raises(config_lib.UserError, match="files: "):
         train.train(dataclasses.replace(config, data=changed), workdir=whole)
     tokenizer = other_tokenizer(tmp_path)
     before = (whole / "tokenizer.model").read_bytes()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from moe_embed.config import UserError
+from moe_embed.data import corpus as corpus_lib
 from moe_embed.data import inputs, mixture, prepared, tables
 from moe_embed.data import origin as origin_lib
 from moe_embed.data import pairs as pairs_lib
@@ -68,7 +69,7 @@ class Task:
     """A retrieval task: find each query's relevant documents in the corpus."""
 
     name: str
-    corpus: dict[str, str]  # document id -> text, title first
+    corpus: dict[str, str] | corpus_lib.Corpus  # document id -> text, title first; or the same left on disk
     queries: dict[str, str]  # those with a judgement
     relevance: dict[str, dict[str, int]]  # query id -> document id -> grade
     origin: origin_lib.Origin = dataclasses.field(default_factory=origin_lib.Origin)
@@ -141,10 +142,11 @@ def write_lines(path: pathlib.Path, lines: Iterable[str]) -> None:
     partial.replace(path)
 
 
-def read_task(folder: str, *, split: str | None = None) -> Task:
+def read_task(folder: str, *, split: str | None = None, on_disk: bool = False) -> Task:
     """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv. UserError names file, line and fault.
 
-    `split` None is the one that its task.json names (origin.py), else test.
+    `split` None is the one that its task.json names (origin.py), else test. With `on_disk` the documents' texts are left
+    there, and read again when they are asked for.
     """
     root = pathlib.Path(folder)
     origin = origin_lib.of_folder(root)
@@ -153,18 +155,18 @@ def read_task(folder: str, *, split: str | None = None) -> Task:
     for path in (root / "corpus.jsonl", root / "queries.jsonl", qrels):
         if not path.is_file():
             raise UserError(f"{folder} is not a BEIR folder with the split {split!r}: {path} does not exist.")
-    documents = _read_documents(root / "corpus.jsonl")
-    texts = {row["_id"]: row["text"] for _, row in _beir_rows(root / "queries.jsonl")}
+    texts = corpus_lib.by_id(root / "queries.jsonl", lambda row: row["text"])
     relevance: dict[str, dict[str, int]] = {}
     header, *lines = tables.decode(qrels, tables.read_bytes(str(qrels))).splitlines() or [""]
     if GRADE.fullmatch(header.rpartition("\t")[2]):
         raise UserError(f"{qrels}:1 is a judgement; the first line of qrels is 'query-id<TAB>corpus-id<TAB>score'.")
-    for number, line in enumerate(lines, start=2):
-        fields = line.split("\t")
+    judgements = [line.split("\t") for line in lines]
+    for number, fields in enumerate(judgements, start=2):
         if len(fields) != 3 or not GRADE.fullmatch(fields[2]):
             raise UserError(f"{qrels}:{number} is not 'query-id<TAB>corpus-id<TAB>grade'.")
-        query_id, document_id, grade = fields
-        if query_id not in texts or document_id not in documents:
+    corpus, known = corpus_lib.read(root / "corpus.jsonl", judged={fields[1] for fields in judgements}, on_disk=on_disk)
+    for number, (query_id, document_id, grade) in enumerate(judgements, start=2):
+        if query_id not in texts or document_id not in known:
             raise UserError(f"{qrels}:{number} names {query_id} and {document_id}; one of them does not exist.")
         relevance.setdefault(query_id, {})[document_id] = int(grade)
     if not relevance:
@@ -172,32 +174,24 @@ def read_task(folder: str, *, split: str | None = None) -> Task:
     for query_id in relevance:
         if not is_text(texts[query_id]):
             raise UserError(f"{root / 'queries.jsonl'}: the query {query_id} is empty or no text.")
-    corpus = {document_id: text for document_id, text in documents.items() if is_text(text)}  # BEIR has empty ones
     queries = {query_id: texts[query_id] for query_id in relevance}
     return Task(origin.name, corpus, queries, relevance, dataclasses.replace(origin, split=split))
 
 
 def read_corpus(path: str | pathlib.Path) -> dict[str, str]:
     """A BEIR corpus.jsonl: document id -> text, title first, without the empty ones. UserError names file and fault."""
-    corpus = {document_id: text for document_id, text in _read_documents(pathlib.Path(path)).items() if is_text(text)}
+    corpus, _ = corpus_lib.read(pathlib.Path(path))
     if not corpus:
         raise UserError(f"{path} holds no documents.")
     return corpus
 
 
-def read_texts(path: str, *, stream=None) -> list[str]:
-    """The "text" of each line of a JSONL file (or of `stream`); UserError names the line that has none."""
-    data = tables.read_bytes(path) if stream is None else stream.read()
-    texts = []
-    for where, row in tables.json_rows(path, data, every_line=True):
+def read_texts(path: str, *, stream: Iterable[bytes] | None = None) -> Iterator[str]:
+    """The "text" of each line of a JSONL file (or of `stream`) as it comes; UserError names the line that has none."""
+    for where, row in tables.json_rows(path, tables.read_lines(path) if stream is None else stream, every_line=True):
         if not isinstance(row, dict) or not is_text(row.get("text")):
             raise UserError(f'{where} has no text; each line is {{"text": "..."}} with something in it.')
-        texts.append(row["text"])
-    return texts
-
-
-def _read_documents(path: pathlib.Path) -> dict[str, str]:
-    return {row["_id"]: _document(row) for _, row in _beir_rows(path)}
+        yield row["text"]
 
 
 def _read_vectors(path: str, num_rows: int) -> np.ndarray:
@@ -210,19 +204,3 @@ def _read_vectors(path: str, num_rows: int) -> np.ndarray:
     if vectors.ndim != 2 or vectors.shape[0] != num_rows or vectors.dtype.kind != "f":
         raise UserError(f"{path} is {vectors.dtype} {list(vectors.shape)}; it must be floats, [{num_rows} pairs, dim].")
     return vectors
-
-
-def _beir_rows(path: pathlib.Path) -> Iterator[tuple[str, dict]]:
-    seen = set()
-    for where, row in tables.json_rows(path, tables.read_bytes(str(path))):
-        if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise UserError(f'{where} needs the strings "_id" and "text".')
-        if row["_id"] in seen:
-            raise UserError(f"{where} has the _id {row['_id']!r} a second time.")
-        seen.add(row["_id"])
-        yield where, row
-
-
-def _document(row: dict) -> str:
-    title = row["title"] if isinstance(row.get("title"), str) else ""
-    return f"{title} {row['text']}".strip()

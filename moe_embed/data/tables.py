@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from etils import epath
@@ -112,16 +112,32 @@ def read_bytes(path: str) -> bytes:
             raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-def json_rows(path, data: bytes, *, every_line: bool = False) -> Iterator[tuple[str, dict]]:
-    """(file:line, value) of each line; blank lines are passed over, unless a line's place matters (`every_line`)."""
-    lines = decode(path, data).rstrip().split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() and (not every_line or len(lines) == 1):
+def read_lines(path: str) -> Iterator[bytes]:
+    """A file's lines as they are asked for, unpacked. UserError if it cannot be read."""
+    with open_binary(path) as stream:
+        try:
+            yield from stream
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def json_rows(path, lines: Iterable[bytes], *, every_line: bool = False) -> Iterator[tuple[str, dict]]:
+    """(file:line, value) of each line as it comes; blank ones are passed over, unless a line's place matters (`every_line`).
+
+    Blank lines at the end have no place. UserError names file, line and fault.
+    """
+    blank = None
+    for number, data in enumerate(lines, start=1):
+        place, data = f"{path}:{number}", data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
+        if not data.strip():
+            blank = blank or number
             continue
-        row = _parsed(f"{path}:{number}", line)
+        if blank and every_line:
+            raise UserError(f"{path}:{blank} is not JSON (it is blank); each line is one object.")
+        row = _parsed(place, data)
         if isinstance(row, BadRow):
             raise row
-        yield f"{path}:{number}", row
+        yield place, row
 
 
 def decode(path, data: bytes) -> str:
@@ -142,15 +158,14 @@ def _jsonl(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
             yield place, BadRow(f"{place} is longer than {LONGEST} bytes; it is no row.", reason="too long")
             return
         if line.strip():
-            try:
-                yield place, _parsed(place, line.decode())
-            except UnicodeDecodeError:
-                yield place, _not_utf8(place)
+            yield place, _parsed(place, line)
 
 
-def _parsed(place: str, line: str) -> dict | BadRow:
+def _parsed(place: str, line: bytes) -> dict | BadRow:
     try:
-        return json.loads(line)
+        return json.loads(line.decode())
+    except UnicodeDecodeError:
+        return _not_utf8(place)
     except (ValueError, RecursionError) as error:
         return BadRow(f"{place} is not JSON ({error}); each line is one object.", reason="not JSON")
 
