@@ -6,6 +6,7 @@ the run ends. Several processes agree on how a save went, and try again when the
 """
 
 import contextlib
+import logging
 import pathlib
 import threading
 import time
@@ -117,13 +118,22 @@ class Saver:
             try:
                 files = [row["files"] for row in rows]
                 checkpoint.finish(path, files, arrays=arrays, facts=self.facts, keep=self.keep)
-                return ""
             except OSError as error:
                 problems = [_sentence(error)]
-        with contextlib.suppress(OSError):  # the next try says so itself
-            checkpoint.clean(self.folder)  # of what it has written: it may be what fills the disk
+        with contextlib.suppress(OSError):  # Orbax's threads may still write there: the next save does it
+            checkpoint.clean(self.folder)  # of what failed: it may be what fills the disk
         return "; ".join(problems)
 
 
 def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300].rstrip(".")
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    if len(said) > 300:  # where, and at the end what: "No space left on device"
+        said = f"{said[:140]} ... {said[-150:]}"
+    return said.rstrip(".")
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_is_not_orbax)  # of a failed save it logs a traceback for every array

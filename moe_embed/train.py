@@ -263,6 +263,7 @@ def compile_step(prog: program.Program, state: dict, arrays: dict, writer: metri
     start = time.perf_counter()
     compiled = prog.step.lower(state, arrays).compile()
     writer.say(f"compiled in {time.perf_counter() - start:.1f} s.")
+    cluster.gather("compiled")  # gloo gives the others 30 s to come to the first collective, and so may the watchdog
     writer.lap()
     return compiled
 

@@ -65,8 +65,12 @@ def wait_for_step(workdir: pathlib.Path, step: int, *processes: subprocess.Popen
     """Until the row of this step is written."""
     until = time.monotonic() + 240
     while not (found := rows(workdir)) or found[-1]["step"] < step:
-        assert all(process.poll() is None for process in processes), f"{workdir} ended before step {step}"
-        assert time.monotonic() < until
+        gone = [process for process in processes if process.poll() is not None]
+        if gone or time.monotonic() > until:
+            for process in processes:
+                process.kill()
+                process.wait()
+            raise AssertionError(f"{workdir} is not at step {step}: {[p.returncode for p in gone]} ended, see its log")
         time.sleep(0.02)
 
 
