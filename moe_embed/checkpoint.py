@@ -24,7 +24,8 @@ MANIFEST = "digests.json"
 # from a damaged one. Manifests without a number are from before there was one.
 SCHEMA = 1
 WRITING = ".saving"  # behind a step's number until it has its manifest
-STRAY = re.compile(r"\d+(\.saving)?(\.orbax-checkpoint-tmp.*)?")  # with one of them: a save that was cut off
+DELETING = ".deleting"  # while it goes: what is half deleted is no step
+STRAY = re.compile(r"\d+(\.saving|\.deleting)?(\.orbax-checkpoint-tmp.*)?")  # with one of them: it was cut off
 OF_A_PROCESS = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")  # Orbax's folder for what one process writes
 
 
@@ -88,12 +89,11 @@ def finish(path: pathlib.Path, rows: Sequence[dict], *, arrays: dict, facts: dic
     _remove(final)  # it does not verify, or the run would have begun with it
     path.rename(final)
     for old in [s for s in steps(folder) if not problem(folder, s)][:-keep]:
-        (folder / str(old) / MANIFEST).unlink()  # first: what is half deleted does not count
-        shutil.rmtree(folder / str(old))
+        shutil.rmtree((folder / str(old)).rename(folder / f"{old}{DELETING}"))
 
 
 def clean(folder: pathlib.Path) -> None:
-    """Remove what saves that were cut off left: nothing ever reads it."""
+    """Remove what saves and deletions that were cut off left: nothing ever reads it."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if STRAY.fullmatch(path.name) and not path.name.isdigit():
             shutil.rmtree(path)

@@ -206,7 +206,7 @@ def test_other_arrays_are_refused_by_name_and_another_dtype_is_said(folder, mesh
 
 
 def test_what_a_save_that_was_cut_off_left_is_removed_and_nothing_else(folder):
-    strays = ("30.saving", "30.saving.orbax-checkpoint-tmp", "30.orbax-checkpoint-tmp-123")
+    strays = ("30.saving", "30.deleting", "30.saving.orbax-checkpoint-tmp", "30.orbax-checkpoint-tmp-123")
     others = ("notastep", "40", "x.saving")
     for name in (*strays, *others):
         (folder / name).mkdir()

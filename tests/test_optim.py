@@ -86,3 +86,11 @@ def test_a_frozen_piece_table_has_no_moments_and_no_gradient():
     found, updates = names()
     assert found.count("word_VD") == 2
     np.testing.assert_allclose(updates["embedding"]["word_VD"], [[-0.1 * (1 + 0.5 * 3)]], rtol=1e-5)
+
+
+def test_an_update_that_is_not_good_is_left_out_and_the_count_goes_on():
+    new, old = {"count": jnp.int32(3), "mu": jnp.array([1.0, jnp.nan])}, {"count": jnp.int32(2), "mu": jnp.zeros(2)}
+    left, taken = (optim.keep_if(jnp.bool_(good), new, old) for good in (False, True))
+    assert (int(left["count"]), left["mu"].tolist()) == (3, [0.0, 0.0])
+    assert float(taken["mu"][0]) == 1.0
+    assert jnp.isnan(taken["mu"][1])

@@ -75,9 +75,8 @@ def wait_for_step(workdir: pathlib.Path, step: int, *processes: subprocess.Popen
 
 
 def newest(workdir: pathlib.Path) -> int:
-    step = checkpoint.newest_verified(workdir / "checkpoints", say=lambda _: None)
-    assert step is not None
-    return step
+    """The newest step that verifies, 0 where none has been saved yet; a UserError where one was and none verifies."""
+    return checkpoint.newest_verified(workdir / "checkpoints", say=lambda _: None) or 0
 
 
 def digest(workdir: pathlib.Path) -> str:

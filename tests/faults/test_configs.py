@@ -24,7 +24,7 @@ class Reached(Exception):
 
 
 def test_no_mutation_of_a_config_is_a_traceback(pairs, tmp_path, monkeypatch):
-    """Twenty of one to three fields each, up to the point where a step would be compiled. 200 were done once."""
+    """Twenty of one to three fields each, other ones each time, up to the point where a step would be compiled."""
 
     def reached(*_):
         raise Reached

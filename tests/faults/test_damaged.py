@@ -46,7 +46,7 @@ def classes(step):
 
 
 def test_any_flipped_bit_is_noticed_and_the_step_before_is_taken(workdir):
-    """Twenty seeds, each in another kind of file where there are as many; TWENTY at other times: 200 were done once."""
+    """Twenty seeds, other ones each time, over all kinds of files."""
     folder = workdir / "checkpoints"
     kinds = classes(folder / "8")
     assert len(kinds) > 5
