@@ -18,6 +18,8 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 import tqdm
@@ -147,7 +149,8 @@ def _all(work: Callable, jobs: Sequence[tuple], *, processes: int, label: str) -
         if processes == 1 or len(jobs) == 1:
             return [_step(bar, work(*job)) for job in jobs]
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+        pool_size, pid = min(processes, len(jobs)), os.getpid()
+        with concurrent.futures.ProcessPoolExecutor(pool_size, context, _end_with, (pid,)) as pool:
             futures = [pool.submit(work, *job) for job in jobs]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -157,6 +160,17 @@ def _all(work: Callable, jobs: Sequence[tuple], *, processes: int, label: str) -
                 pool.shutdown(cancel_futures=True)
                 raise
             return [future.result() for future in futures]
+
+
+def _end_with(parent: int) -> None:
+    """In a worker: end when the process that started it is gone. One killed by -9 cannot say so, and its workers would wait."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _step(bar, result):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -101,6 +102,13 @@ def test_killed_processes_leave_nothing_believed(tmp_path):
     job.wait()
     with pytest.raises(UserError, match="no prepared data set"):
         sources.read_sources(str(tmp_path / "out"))
+    for _ in range(200):  # nor do its workers wait for ever
+        try:
+            os.killpg(job.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers are left")
 
 
 @pytest.mark.parametrize(
