@@ -6,8 +6,8 @@
 
 The mixture has Nomic Embed v2's shape (475 M parameters, a token meets 305 M of them); the dense models have MLPs as wide as
 it takes to have as many parameters as it is active with, and as it has in all; then its own parent, and the dense shape of
-twice its depth that it is often held against. Weights are random: experts are visited about evenly, and nothing is said of
-quality. float32, on Model.encode, from texts.
+twice its depth that it is often held against. Weights are random: nothing is said of quality, and a trained router may send a
+query's tokens to more experts than are counted here. float32, by Model.encode, from texts.
 """
 
 import argparse
