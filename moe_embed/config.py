@@ -79,6 +79,7 @@ class Data:
     row_length: int = 512  # tokens L in a packed row
     rows: int = 32  # packed rows B of one micro-batch on one device
     texts_per_row: int = 64  # at most S texts share a row
+    workers: int = 0  # processes that read, tokenise and pack; 0: a thread of the training process
     held_out: float = 0.0  # share of the pairs kept out of training, and searched for before and after (held_out.py)
     dev: tuple[str, ...] = ()  # BEIR folders with qrels/dev.tsv, evaluated during training
 
@@ -277,6 +278,7 @@ def _contradictions(c: Config) -> list[str]:
          f'config.loss.form="ring" has no distillation ({c.loss.distill}); config.loss.form="gathered" has.'),
         (bool(c.data.teacher) == (c.loss.distill == "embeddings"),
          'config.data.teacher names the vectors of config.loss.distill="embeddings"; set both or neither.'),
+        (not (c.data.workers and c.loss.objective == "mlm"), "config.data.workers is for pairs; mlm packs its texts once: set it to 0."),
         (0 <= c.data.held_out <= 0.5 and not (c.data.held_out and (c.loss.objective == "mlm" or c.data.teacher)),
          f"config.data.held_out={c.data.held_out} must be between 0 and 0.5, and 0 for mlm and with config.data.teacher."),
         (0 < c.loss.mask_fraction < 1, f"config.loss.mask_fraction={c.loss.mask_fraction} must be between 0 and 1."),
@@ -319,7 +321,7 @@ def _contradictions(c: Config) -> list[str]:
             rules.append((value > 0, f"config.{section}.{key}={value} must be positive."))
     not_negative = {
         "optim": ("learning_rate", "warmup_steps", "weight_decay"),
-        "data": ("num_negatives", "smoothing", "batch_size"),  # 0: held_out.fit
+        "data": ("num_negatives", "smoothing", "batch_size", "workers"),  # 0: held_out.fit
         "moe": ("num_experts",),
         "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
         "run": ("seed", "eval_every", "steps", "max_skips", "watchdog"),

@@ -21,7 +21,7 @@ import tqdm
 from moe_embed import checkpoint, hf_folder, program, sharding
 from moe_embed import config as config_lib
 from moe_embed.config import UserError
-from moe_embed.data import batches, tables
+from moe_embed.data import packing, tables
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.model import encoder as encoder_lib
 
@@ -166,17 +166,17 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
         fill = np.cumsum(length[order[: max_rows * TEXTS_PER_ROW]])
         count = max(1, np.searchsorted(fill, max_rows * row_length, side="right"))
         some = order[:count]
-        packed = batches.pack(length[some], row_length=row_length, texts_per_row=TEXTS_PER_ROW)
+        packed = packing.pack(length[some], row_length=row_length, texts_per_row=TEXTS_PER_ROW)
         num_rows = power_of_two(packed.num_rows)
         if (num_rows - packed.num_rows) * row_length > SPARE:
             num_rows //= 2  # the shortest wait for a call with fewer tokens left over
         num_rows = min(-(-num_rows // num_devices) * num_devices, max_rows)
         fits = packed.row_N < num_rows  # what opened another row waits for the next call
         members, order = some[fits], np.concatenate([some[~fits], order[count:]])
-        packed = batches.Packed(
+        packed = packing.Packed(
             packed.row_N[fits], packed.segment_N[fits], packed.start_N[fits], min(packed.num_rows, num_rows)
         )
-        rows = batches.fill_rows([ids[i] for i in members], packed, num_rows=num_rows, row_length=row_length)
+        rows = packing.fill_rows([ids[i] for i in members], packed, num_rows=num_rows, row_length=row_length)
         yield members, {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}, packed
 
 

@@ -18,15 +18,13 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import threading
-import time
 from collections.abc import Callable, Sequence
 
 import tqdm
 
 from moe_embed import data_card, run_data, verb
 from moe_embed.config import UserError
-from moe_embed.data import inputs, prepared, spool
+from moe_embed.data import inputs, loading, prepared, spool
 from moe_embed.data.hygiene import Rules
 
 WORK = ".preparing"  # in DIR, until the manifest is there
@@ -150,7 +148,7 @@ def _all(work: Callable, jobs: Sequence[tuple], *, processes: int, label: str) -
             return [_step(bar, work(*job)) for job in jobs]
         context = multiprocessing.get_context("spawn")
         pool_size, pid = min(processes, len(jobs)), os.getpid()
-        with concurrent.futures.ProcessPoolExecutor(pool_size, context, _end_with, (pid,)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(pool_size, context, loading.end_with, (pid,)) as pool:
             futures = [pool.submit(work, *job) for job in jobs]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -160,17 +158,6 @@ def _all(work: Callable, jobs: Sequence[tuple], *, processes: int, label: str) -
                 pool.shutdown(cancel_futures=True)
                 raise
             return [future.result() for future in futures]
-
-
-def _end_with(parent: int) -> None:
-    """In a worker: end when the process that started it is gone. One killed by -9 cannot say so, and its workers would wait."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _step(bar, result):

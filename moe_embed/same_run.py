@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "run.recompute",
     "data.dev",
     "data.rows",
+    "data.workers",
     "loss.form",
 )
 

@@ -41,6 +41,7 @@ from moe_embed import (
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
 from moe_embed.data import batches as batches_lib
+from moe_embed.data import loading
 from moe_embed.data import sources as sources_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import (
@@ -189,7 +190,7 @@ def train(
         unwritten = None  # the step before: its metrics are fetched while the device runs this one
         owed = False  # a checkpoint
         record = lambda *step: write_row(writer, looking, batches.names, *step)  # noqa: E731
-        steps = enumerate(batches_lib.iterate(batches.batch_at, first, config.run.steps), start=first)
+        steps = enumerate(loading.iterate(batches, first, config.run.steps, workers=config.data.workers), start=first)
         for step, batch in traced(steps, workdir / "profile", count=profile if cluster.is_first() else 0):
             arrays = sharding.put_parts(batch.arrays, mesh=mesh)
             num_micro = batch.arrays["tokens_MBL"].shape[0]

@@ -83,42 +83,6 @@ def assert_holds_its_texts(made: batches_lib.Batches, step: int) -> None:
     assert batch.counts["useful"] == pytest.approx(real.mean())
 
 
-@pytest.mark.parametrize(("row_length", "texts_per_row", "longest"), [(64, 16, 64), (50, 3, 20), (512, 16, 256)])
-def test_pack_against_a_naive_check(row_length, texts_per_row, longest):
-    lengths = np.random.default_rng(0).integers(1, longest + 1, 300)
-    packed = batches_lib.pack(lengths, row_length=row_length, texts_per_row=texts_per_row)
-    taken = np.zeros((packed.num_rows, row_length), int)
-    for length, row, start in zip(lengths, packed.row_N, packed.start_N, strict=True):
-        assert start + length <= row_length
-        taken[row, start : start + length] += 1
-    assert taken.max() == 1
-    for row in range(packed.num_rows):
-        segments = sorted(packed.segment_N[packed.row_N == row].tolist())
-        assert segments == list(range(len(segments)))
-        assert 1 <= len(segments) <= texts_per_row
-    assert packed.num_rows >= -(-lengths.sum() // row_length)
-    again = batches_lib.pack(lengths.tolist(), row_length=row_length, texts_per_row=texts_per_row)
-    assert (packed.row_N.tolist(), packed.start_N.tolist()) == (again.row_N.tolist(), again.start_N.tolist())
-    other = batches_lib.pack(lengths[::-1], row_length=row_length, texts_per_row=texts_per_row)
-    assert not np.array_equal(packed.row_N, other.row_N)
-
-
-def test_pack_and_fill_rows_by_hand():
-    packed = batches_lib.pack([2, 5, 3, 6], row_length=8, texts_per_row=2)  # 6 + 2, 5 + 3
-    assert packed.num_rows == 2
-    assert packed.row_N.tolist() == [0, 1, 1, 0]
-    assert packed.start_N.tolist() == [6, 0, 5, 0]
-    assert packed.segment_N.tolist() == [1, 0, 1, 0]
-    ids = [np.arange(n) + 10 * (i + 1) for i, n in enumerate([2, 5, 3, 6])]
-    rows = batches_lib.fill_rows(ids, packed, num_rows=3, row_length=8)
-    pad = [tokenizer_lib.PAD] * 8
-    assert rows["tokens_BL"].tolist() == [[40, 41, 42, 43, 44, 45, 10, 11], [20, 21, 22, 23, 24, 30, 31, 32], pad]
-    assert rows["segments_BL"].tolist() == [[1] * 6 + [2] * 2, [1] * 5 + [2] * 3, [0] * 8]
-    assert rows["positions_BL"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 0, 1, 2], [0] * 8]
-    assert all(array.dtype == np.int32 for array in rows.values())
-    assert batches_lib.pack([2, 5, 3, 6], row_length=8, texts_per_row=1).num_rows == 4
-
-
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
 @pytest.mark.parametrize("num_negatives", [0, 2])
 def test_every_text_is_read_back_through_its_slot(tokenizer, num_shards, num_negatives):
@@ -180,17 +144,6 @@ def test_rows_of_real_pairs_are_at_least_nine_tenths_useful(tokenizer, crossling
     made = batches_lib.Batches([crosslingual], tokenizer, c, num_shards=1)
     assert np.mean([made.batch_at(step).counts["useful"] for step in range(12)]) >= 0.9
     assert_holds_its_texts(made, 3)
-
-
-def test_iterate_is_batch_at_in_order(tokenizer):
-    made = batches_lib.Batches([some_source()], tokenizer, config(), num_shards=2)
-    found = list(batches_lib.iterate(made.batch_at, 3, 9))
-    assert len(found) == 6
-    for step, batch in enumerate(found, start=3):
-        assert batch.arrays.keys() == made.batch_at(step).arrays.keys()
-        assert all(np.array_equal(array, made.batch_at(step).arrays[name]) for name, array in batch.arrays.items())
-        assert not np.array_equal(batch.arrays["document_id_N"], made.batch_at(step - 1).arrays["document_id_N"])
-    assert not list(batches_lib.iterate(made.batch_at, 9, 9))
 
 
 def test_the_fingerprint_follows_the_data_and_a_small_vocabulary_is_refused(tokenizer):

@@ -17,7 +17,7 @@ OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"
 
 LAYERS = (
     {"config", "verb", "metrics", "cluster", "agreement", "fields", "watchdog", "preemption", "batcher"},
-    {"data", "data.sources", "data.pairs", "data.tables", "data.tally", "data.inputs", "data.prepared", "data.hygiene", "data.spool", "data.tokenizer", "data.mixture", "data.batches", "data.sizes", "data.mlm_batches", "data.origin", "data.corpus", "data.vocabulary"},
+    {"data", "data.sources", "data.pairs", "data.tables", "data.tally", "data.inputs", "data.prepared", "data.hygiene", "data.spool", "data.tokenizer", "data.mixture", "data.packing", "data.batches", "data.sizes", "data.loading", "data.mlm_batches", "data.origin", "data.corpus", "data.vocabulary"},
     {"sharding"},
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},

@@ -5,77 +5,24 @@ text's embedding does not depend on where it is packed. M is the smallest of a f
 device: as many shapes to compile. Unused rows are empty; nothing spills into another step, nothing is cut beyond the caps.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import itertools
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_embed import config as config_lib
 from moe_embed.data import mixture as mixture_lib
 from moe_embed.data import sizes
+from moe_embed.data.packing import Packed, fill_rows, pack
 from moe_embed.data.pairs import Pair
 from moe_embed.data.sources import Source
-from moe_embed.data.tokenizer import PAD, Tokenizer
+from moe_embed.data.tokenizer import Tokenizer
 
 SAMPLE = 16_384  # pairs whose lengths are looked at beforehand, to choose the sizes of M
 DRAWS = 16  # batches of a group, drawn of those
-
-
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """Where each text of one device went, and how many rows that took."""
-
-    row_N: np.ndarray  # int32
-    segment_N: np.ndarray  # int32, from 0
-    start_N: np.ndarray  # int32, the first token's place in the row
-    num_rows: int
-
-
-def pack(lengths: Sequence[int], *, row_length: int, texts_per_row: int) -> Packed:
-    """Best-fit decreasing: the longest text first, each into the fullest row that still holds it. Deterministic.
-
-    A text of length 0 takes no place; it is said to be in row 0, segment 0.
-    """
-    lengths = np.asarray(lengths, np.int32)
-    row_N, segment_N, start_N = (np.zeros(len(lengths), np.int32) for _ in range(3))
-    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # rows by the space they have left
-    has_open = 0  # bit s: some open row has the space s
-    used, texts = [], []
-    for n in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[n])
-        if not length:
-            break
-        fitting = has_open >> length << length  # the bits of spaces that are large enough
-        space = (fitting & -fitting).bit_length() - 1
-        if space < 0:
-            row = len(used)
-            used.append(0)
-            texts.append(0)
-        else:
-            row = open_rows[space].pop()
-            has_open &= ~(0 if open_rows[space] else 1 << space)
-        row_N[n], segment_N[n], start_N[n] = row, texts[row], used[row]
-        used[row] += length
-        texts[row] += 1
-        if texts[row] < texts_per_row and used[row] < row_length:
-            open_rows[row_length - used[row]].append(row)
-            has_open |= 1 << row_length - used[row]
-    return Packed(row_N, segment_N, start_N, len(used))
-
-
-def fill_rows(ids: Sequence[np.ndarray], packed: Packed, *, num_rows: int, row_length: int) -> dict[str, np.ndarray]:
-    """Packed texts -> tokens_BL, segments_BL, positions_BL, int32, `num_rows` of them."""
-    tokens_BL = np.full((num_rows, row_length), PAD, np.int32)
-    segments_BL, positions_BL = np.zeros_like(tokens_BL), np.zeros_like(tokens_BL)
-    for text, row, segment, start in zip(ids, packed.row_N, packed.segment_N, packed.start_N, strict=True):
-        place = row, slice(start, start + len(text))
-        tokens_BL[place], segments_BL[place], positions_BL[place] = text, segment + 1, np.arange(len(text))
-    return {"tokens_BL": tokens_BL, "segments_BL": segments_BL, "positions_BL": positions_BL}
 
 
 def document_id(text: str) -> int:
@@ -109,6 +56,15 @@ class Batch:
     counts: dict[str, float]  # useful: share of the tokens in the rows that belong to texts; and what was cut
 
 
+class Shards(NamedTuple):
+    """Own shards of a batch before they are put into rows: ids and where they go, the arrays of pairs, and a Batch's other facts."""
+
+    shards: list[tuple[list[np.ndarray], Packed]]
+    arrays: dict[str, np.ndarray]
+    source: str
+    counts: dict[str, float]
+
+
 def fingerprint(sources: Sequence, tokenizer, c: config_lib.Data, *, seed: int) -> dict:
     """What the order of the data depends on, as plain JSON: files by name, size and digest, tokenizer, mixture."""
     return {
@@ -129,27 +85,6 @@ def check_vocabulary(tokenizer, config: config_lib.Config) -> None:
             f"the tokenizer {config.data.tokenizer} has {tokenizer.num_ids} ids, more than "
             f"config.encoder.vocab_size={config.encoder.vocab_size}; set it to {-(-tokenizer.num_ids // 64) * 64}."
         )
-
-
-def iterate(batch_at, first_step: int, last_step: int, *, ahead: int = 2) -> Iterator[Batch]:
-    """batch_at(step) for steps first_step .. last_step - 1, made in a thread while the device works.
-
-    counts["waited"] of each is how many seconds it was waited for: above a few milliseconds loading is what limits the run.
-    """
-
-    def taken(future: concurrent.futures.Future) -> Batch:
-        start = time.perf_counter()
-        batch = future.result()
-        return dataclasses.replace(batch, counts=batch.counts | {"waited": time.perf_counter() - start})
-
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = collections.deque()
-        for step in range(first_step, last_step):
-            waiting.append(pool.submit(batch_at, step))
-            if len(waiting) > ahead:
-                yield taken(waiting.popleft())
-        while waiting:
-            yield taken(waiting.popleft())
 
 
 class Batches:
@@ -208,9 +143,22 @@ class Batches:
 
     def batch_at(self, step: int) -> Batch:
         """The arrays of step `step` that objectives.contrastive takes. Own shards stand side by side along B and N."""
+        return self.filled(step, self.packed(step))
+
+    def packed(self, step: int) -> Shards:
+        """The work of a batch: its pairs read, and the own ones tokenised and packed. Another process may do it."""
         group, pairs = self.pairs_at(step)
         queries, documents, document_ids, cut = self._texts([pairs[n] for n in self._of_own(np.arange(len(pairs)))])
+        arrays = {"document_id_N": document_ids, "query_id_N": self._of_own(query_ids([pair for pair, _ in pairs]))}
+        teacher = self._teacher(group.source, pairs)
+        arrays |= {name: self._of_own(array) for name, array in teacher.items()}
         shards = [self._pack_shard(ids) for ids in self._shards(queries, documents)]
+        counts = {"cut_queries": cut[0], "cut_documents": cut[1]}
+        return Shards(shards, arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
+
+    def filled(self, step: int, work: Shards) -> Batch:
+        """What `packed` made of a step, in rows of the shape that all processes agree on."""
+        shards = work.shards
         rows_needed = self.agree(step, max(packed.num_rows for _, packed in shards))
         num_micro = next(size for size in self.sizes if size * self.c.rows >= rows_needed)
         arrays = {"query_slot_N": [], "document_slot_N": []}
@@ -225,12 +173,12 @@ class Batches:
             arrays["document_slot_N"].append(slot[num_queries:])
         arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
         arrays |= {f"{name}_MBL": np.concatenate(parts, axis=1) for name, parts in rows.items()}
-        arrays["document_id_N"] = document_ids
-        arrays["query_id_N"] = self._of_own(query_ids([pair for pair, _ in pairs]))
-        teacher = self._teacher(group.source, pairs)
-        arrays |= {name: self._of_own(array) for name, array in teacher.items()}
-        counts = {"useful": float((arrays["segments_MBL"] > 0).mean()), "cut_queries": cut[0], "cut_documents": cut[1]}
-        return Batch(arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
+        counts = {"useful": float((arrays["segments_MBL"] > 0).mean())} | work.counts
+        return Batch(arrays | work.arrays, work.source, counts)
+
+    def __getstate__(self) -> dict:
+        """For a process that makes `packed` work: it has nobody to agree with."""
+        return {name: value for name, value in self.__dict__.items() if name != "agree"}
 
     def names(self, step: int) -> list[str]:
         """Each pair of step `step`, for a person: its place in the source, counted from 0 among those kept, and id or query."""

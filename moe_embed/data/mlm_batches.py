@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_embed import config as config_lib
-from moe_embed.data import batches, mixture
+from moe_embed.data import batches, mixture, packing
 from moe_embed.data.sources import Texts
 
 
@@ -117,8 +117,8 @@ class MlmBatches:
             for start in range(0, len(body), length - 2):
                 pieces.append(np.concatenate([ids[:1], body[start : start + length - 2], ids[-1:]]))
         lengths = [len(piece) for piece in pieces]
-        packed = batches.pack(lengths, row_length=length, texts_per_row=self.c.texts_per_row)
-        rows = batches.fill_rows(pieces, packed, num_rows=packed.num_rows, row_length=length)
+        packed = packing.pack(lengths, row_length=length, texts_per_row=self.c.texts_per_row)
+        rows = packing.fill_rows(pieces, packed, num_rows=packed.num_rows, row_length=length)
         return rows["tokens_BL"], rows["segments_BL"]
 
     def _mask(self, tokens_BL: np.ndarray, segments_BL: np.ndarray, rng: np.random.Generator):

@@ -69,6 +69,9 @@ class Shards:
         self.readers, self.lock = collections.OrderedDict(), threading.Lock()
         self.threads = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="shards")
 
+    def __reduce__(self):
+        return Shards, (self.root, self.shards)  # another process opens its own files
+
     def read(self, places: np.ndarray) -> list[bytes]:
         """Records at these int64 places, in their order. UserError names a shard that is damaged."""
         shard_of = np.searchsorted(self.ends, places, side="right")

@@ -21,7 +21,6 @@ def differences(folder: str, texts: Sequence[str], counts: Sequence[int] = COUNT
     import numpy as np
 
     from moe_embed import config, program, sharding
-    from moe_embed.data import batches
     from moe_embed.load import TEXTS_PER_ROW, load
 
     found: dict[str, dict[int, np.ndarray]] = {"the same rows": {}, "encode": {}}
@@ -30,9 +29,9 @@ def differences(folder: str, texts: Sequence[str], counts: Sequence[int] = COUNT
         model = load(folder, mesh=mesh)
         ids = model.tokenizer.encode(texts, max_length=model.encoder.max_seq_length)[0]
         longest = max(map(len, ids))
-        packed = batches.pack([len(text) for text in ids], row_length=longest, texts_per_row=TEXTS_PER_ROW)
+        packed = packing.pack([len(text) for text in ids], row_length=longest, texts_per_row=TEXTS_PER_ROW)
         num_rows = -(-packed.num_rows // max(counts)) * max(counts)
-        rows = batches.fill_rows(ids, packed, num_rows=num_rows, row_length=longest)
+        rows = packing.fill_rows(ids, packed, num_rows=num_rows, row_length=longest)
         rows = {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}
         embed = program.build_embed(model.encoder, model.moe, mesh, num_segments=TEXTS_PER_ROW)
         pooled_MBSD, _ = embed(program.lay_out(model.params, mesh), sharding.put_batch(rows, mesh=mesh))

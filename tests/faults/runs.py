@@ -90,4 +90,6 @@ def digest(workdir: pathlib.Path) -> str:
 
 def numbers(workdir: pathlib.Path) -> list[dict]:
     """The rows of a run, without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "waited")} for row in rows(workdir)]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "waited")} for row in rows(workdir)
+    ]

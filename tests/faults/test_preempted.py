@@ -8,7 +8,7 @@ import pytest
 
 from moe_embed import checkpoint, preemption, train
 from moe_embed import config as config_lib
-from moe_embed.data import batches as batches_lib
+from moe_embed.data import loading
 from tests.faults import runs
 
 pytestmark = pytest.mark.faults
@@ -55,16 +55,16 @@ def test_interrupted_at_five_steps_bit_for_bit(pairs, tmp_path, monkeypatch):
     overrides = runs.flags(pairs, "run.steps=8", "run.save_every=4", "mesh.data=8")[1:]
     config = config_lib.load("configs/demo.py:tiny", overrides)
     assert train.train(config, workdir=tmp_path / "whole") == 0
-    iterate, interrupted_at = batches_lib.iterate, {1, 2, 4, 5, 7}
+    iterate, interrupted_at = loading.iterate, {1, 2, 4, 5, 7}
 
-    def interrupting(batch_at, first, last):
-        for step, batch in enumerate(iterate(batch_at, first, last), start=first):
+    def interrupting(batches, first, last, **options):
+        for step, batch in enumerate(iterate(batches, first, last, **options), start=first):
             if step + 1 in interrupted_at:
                 interrupted_at.remove(step + 1)
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(batches_lib, "iterate", interrupting)
+    monkeypatch.setattr(loading, "iterate", interrupting)
     ends = [train.train(config, workdir=tmp_path / "w") for _ in range(6)]
     assert ends == [75] * 5 + [0]
     assert runs.digest(tmp_path / "w") == runs.digest(tmp_path / "whole")

@@ -12,16 +12,16 @@ pytestmark = pytest.mark.faults
 SLEEPS = """
 import os, time
 from moe_embed import train, verb
-from moe_embed.data import batches
-iterate = batches.iterate
-def sleeping(batch_at, first, last):
-    for step, batch in enumerate(iterate(batch_at, first, last), start=first):
+from moe_embed.data import loading
+iterate = loading.iterate
+def sleeping(batches, first, last, **options):
+    for step, batch in enumerate(iterate(batches, first, last, **options), start=first):
         if step == 6 and os.environ["JAX_PROCESS_ID"] == "1":
             fall_asleep()
         yield batch
 def fall_asleep():
     time.sleep(600)
-batches.iterate = sleeping
+loading.iterate = sleeping
 verb.run(train.main, copies=True)
 """
 

@@ -1,0 +1,72 @@
+"""Batches made while the device works: in a thread, or in processes of their own where one core is too slow."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+from moe_embed.data.batches import Batch
+
+AHEAD = 2  # batches that are ready before they are asked for
+
+_batches = None  # in a worker: what it makes batches of
+
+
+def iterate(batches, first_step: int, last_step: int, *, workers: int = 0) -> Iterator[Batch]:
+    """The batches of steps first_step .. last_step - 1 in order, AHEAD of them made beforehand.
+
+    One thread makes them (Batches, MlmBatches). With `workers`, that many processes read, tokenise and pack (Batches only), and
+    the thread puts what they send into rows. counts["waited"] is how many seconds a batch was waited for: above a few
+    milliseconds loading is what limits the run.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread, _processes(batches, workers) as pool:
+        waiting = collections.deque()
+        for step in range(first_step, last_step):
+            if pool is None:
+                waiting.append(thread.submit(batches.batch_at, step))
+            else:
+                work = pool.submit(_packed, step)
+                waiting.append(thread.submit(lambda step, work: batches.filled(step, work.result()), step, work))
+            if len(waiting) > AHEAD + workers:
+                yield _taken(waiting.popleft())
+        while waiting:
+            yield _taken(waiting.popleft())
+
+
+def _taken(future: concurrent.futures.Future) -> Batch:
+    start = time.perf_counter()
+    batch = future.result()
+    return dataclasses.replace(batch, counts=batch.counts | {"waited": time.perf_counter() - start})
+
+
+def _processes(batches, workers: int):
+    if not workers:
+        return contextlib.nullcontext()
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _keep, (batches, os.getpid()))
+
+
+def end_with(parent: int) -> None:
+    """In a worker: end when the process that started it is gone. One killed by -9 cannot say so, and its workers would wait."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _keep(batches, parent: int) -> None:
+    global _batches
+    _batches = batches
+    end_with(parent)
+
+
+def _packed(step: int):
+    return _batches.packed(step)
