@@ -21,6 +21,7 @@ def differences(folder: str, texts: Sequence[str], counts: Sequence[int] = COUNT
     import numpy as np
 
     from moe_embed import config, program, sharding
+    from moe_embed.data import packing
     from moe_embed.load import TEXTS_PER_ROW, load
 
     found: dict[str, dict[int, np.ndarray]] = {"the same rows": {}, "encode": {}}
