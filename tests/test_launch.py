@@ -43,7 +43,8 @@ class Host:
 
     def start(self, script: str, *arguments: str, **more) -> subprocess.Popen:
         return subprocess.Popen(
-            ["bash", f"launch/{script}", *arguments], cwd=ROOT, env=self.environment | more, text=True,
+            # a run of the tests in the background is deaf to SIGINT, and hands that on
+            ["env", "--default-signal=INT", "bash", f"launch/{script}", *arguments], cwd=ROOT, env=self.environment | more, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 

@@ -27,11 +27,10 @@ def curve(c: config_lib.Config) -> np.ndarray:
 def test_bfloat16_follows_float32():
     c = tiny.config(encoder={"num_layers": 2}, run={"steps": STEPS}, data={"rows": 8})
     low = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, dtype="bfloat16"))
-    slow = dataclasses.replace(c, optim=dataclasses.replace(c.optim, learning_rate=c.optim.learning_rate / 4))
+    slow = dataclasses.replace(c, optim=dataclasses.replace(c.optim, learning_rate=c.optim.learning_rate / 8))
     full, half, other = curve(c), curve(low), curve(slow)
     assert full[-1] < 0.5 * full[0]
-    np.testing.assert_allclose(
-        half, full, rtol=0.15
-    )  # 3.33, 1.18, 0.66, 0.54, 0.51, 0.51 beside 3.32, 1.08, 0.60, 0.52, 0.51, 0.51
+    # 3.68, 2.15, 1.27, 0.76, 0.62, 0.57 beside 3.68, 2.12, 1.14, 0.73, 0.60, 0.56
+    np.testing.assert_allclose(half, full, rtol=0.15)
     np.testing.assert_allclose(half[-1], full[-1], rtol=0.02)
     assert np.abs(other / full - 1).max() > 0.3

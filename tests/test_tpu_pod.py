@@ -39,7 +39,8 @@ class Pod:
 
     def start(self, *arguments: str, **more) -> subprocess.Popen:
         return subprocess.Popen(
-            ["bash", "launch/tpu_pod.sh", *arguments], cwd=self.checkout, env=self.environment | more, text=True,
+            # a run of the tests in the background is deaf to SIGINT, and hands that on
+            ["env", "--default-signal=INT", "bash", "launch/tpu_pod.sh", *arguments], cwd=self.checkout, env=self.environment | more, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
