@@ -54,7 +54,7 @@ CASES = {
     "plain": {},
     "finetuning": {
         "data": {"num_negatives": 2},
-        "loss": {"dims": (16, 8), "dim_weights": (1.0, 0.5), "false_negative_margin": 0.026, "distill": "scores",
+        "loss": {"dims": (16, 8), "dim_weights": (1.0, 0.5), "false_negative_margin": 0.028, "distill": "scores",
                  "distill_temperature": 0.5},
         "run": {"recompute": True},
     },
