@@ -24,6 +24,7 @@ def test_by_hand():
     assert card["languages"] == {"": 1, "de": 1}
     assert card["tokens"]["document"]["mean"] == 30
     assert data_card.table(card).splitlines() == [
+        "pairs: 2",
         "input                    rows           kept  left out",
         "folder/a.jsonl              5              2  not JSON 1, too short 1, copy of another 1",
         "    a.jsonl:3 is not JSON.",

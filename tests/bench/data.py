@@ -1,6 +1,6 @@
 """What loading costs: useful tokens, tokens a second on one core, a hundred million pairs, and an object store's latency.
 
-    python -m tests.bench.loading --data=DIR --tokenizer=sentencepiece.bpe.model        # DIR: made by moe_embed.prepare
+    python -m tests.bench.data --data=DIR --tokenizer=sentencepiece.bpe.model        # DIR: made by moe_embed.prepare
 
 Prints tables. The bars: 97 % useful; a million tokens a second on a core, with an XLM-R vocabulary; a hundred million pairs
 opened in 10 s and 500 MB; step 1,000,000 in a second. Latency is real: reads of files wait 20 ms each, in a preloaded pread.
@@ -42,7 +42,7 @@ ssize_t pread64(int fd, void *to, size_t n, off_t at) { return pread(fd, to, n, 
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.loading", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=pathlib.Path)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--part", choices=("start", "latency"), help="what the parts run as processes of their own")
@@ -167,7 +167,7 @@ def child(part: str, data: pathlib.Path, tokenizer: str, **environment: str) -> 
     command = [
         sys.executable,
         "-m",
-        "tests.bench.loading",
+        "tests.bench.data",
         f"--data={data}",
         f"--tokenizer={tokenizer}",
         f"--part={part}",
