@@ -38,7 +38,7 @@ def table(card: dict) -> str:
     inputs, width = card["inputs"], max(len("all"), *(len(one["name"]) for one in card["inputs"]))
     width = min(width, 60)
     name = lambda text: ("..." + text[3 - width :] if len(text) > width else text).ljust(width)  # noqa: E731
-    lines = [f"pairs: {card['pairs']:,}", name("input") + f"  {'rows':>13}  {'kept':>13}  left out"]
+    lines = [f"pairs: {card['pairs']}", name("input") + f"  {'rows':>13}  {'kept':>13}  left out"]
     for one in inputs:
         lines.append(f"{name(one['name'])}  {one['rows']:>13,}  {one['kept']:>13,}  {_reasons(one['left_out'])}")
         lines += [f"    {example}" for example in one["examples"]]
