@@ -11,8 +11,8 @@ import numpy as np
 
 from moe_embed import page
 
-LEFT, RIGHT = 52, 10  # of a chart, in the units of its viewBox
-HEIGHT, TOP, BOTTOM = 150, 26, 34
+LEFT, RIGHT = 52, 12  # of a chart, in the units of its viewBox
+HEIGHT, TOP, LANE, BOTTOM = 150, 8, 19, 34
 BUCKETS = 220  # of a curve with more points the least and the greatest of each bucket are drawn
 SHAPES = {"save": "M0-4L4 3H-4Z", "resume": "M0-5L5 0L0 5L-5 0Z", "skipped": "M-3.5-3.5L3.5 3.5M-3.5 3.5L3.5-3.5",
           "evaluation": "M-3 0A3 3 0 1 0 3 0A3 3 0 1 0-3 0Z"}  # fmt: skip
@@ -39,7 +39,7 @@ def lines(
     marks: Sequence[Mapping[str, Sequence[float]]] = (),
     log_x: bool = False,
 ) -> str:
-    """Curves in one frame. `marks`: for each run, a name of SHAPES -> where on x; they stand above the frame, a lane a run.
+    """Curves in one frame. `marks`: for each run, a name of SHAPES -> where on x; they stand above the frame, a lane a run, evaluations over the others.
 
     `log_x` puts x on a scale of powers of two, with a tick at each x. "" where no curve has a finite point.
     """
@@ -48,10 +48,11 @@ def lines(
         return ""
     scaled = np.log2 if log_x else np.asarray
     all_x, all_y = (np.concatenate([getattr(line, name) for line in series]) for name in "xy")
-    x_from, x_to = float(scaled(all_x).min()), float(scaled(all_x).max())
+    marked = [x for of_run in marks for places in of_run.values() for x in places]
+    x_from, x_to = (float(end([*scaled(all_x), *marked])) for end in (min, max))
     y_ticks = ticks(float(all_y.min()), float(all_y.max()))
     y_from, y_to = y_ticks[0], y_ticks[-1]
-    top = TOP + 12 * max(len(marks) - 1, 0)
+    top = TOP + (LANE * len(marks) + 4 if marked else 0)
     across = page.WIDTH - LEFT - RIGHT
     at_x = lambda x: LEFT + across * ((scaled(x) - x_from) / (x_to - x_from) if x_to > x_from else 0.5)  # noqa: E731
     at_y = lambda y: top + HEIGHT * (1 - (y - y_from) / (y_to - y_from))  # noqa: E731
@@ -70,12 +71,17 @@ def lines(
     )
     for lane, of_run in enumerate(marks):
         for name, places in of_run.items():
-            drawn = sorted({round(float(at_x(x))) for x in places if x_from <= x <= x_to})
-            fill = "none" if name == "skipped" else f"var(--c{lane})"
+            drawn = sorted({round(float(at_x(x))) for x in places})  # one a unit, however many there are
+            fill, y = (
+                "none" if name == "skipped" else f"var(--c{lane})",
+                LANE * lane + (6 if name == "evaluation" else 16),
+            )
             parts += [
-                f'<path d="{SHAPES[name]}" transform="translate({x} {14 + 12 * lane})" style="fill:{fill};stroke:var(--c{lane})"/>'
+                f'<path d="{SHAPES[name]}" transform="translate({x} {y})" style="fill:{fill};stroke:var(--c{lane})"/>'
                 for x in drawn
             ]
+            if name == "resume":
+                parts += [f'<path class="hair shown" d="M{x} {top}v{HEIGHT}"/>' for x in drawn]
     for line in series:
         points = [(float(at_x(x)), float(at_y(y))) for x, y in zip(line.x, line.y, strict=True)]
         color, second = f"var(--c{line.color % len(page.COLORS)})", " second" if line.dashed else ""
@@ -87,7 +93,7 @@ def lines(
     parts.append(f'<line class="hair" x1="{LEFT}" x2="{LEFT}" y1="{top}" y2="{top + HEIGHT}"/>')
     bottom = top + HEIGHT + BOTTOM
     if len(series) > 1:
-        legend, bottom = _legend(series, bottom)
+        legend, bottom = _legend(series, bottom + 8)
         parts.append(legend)
     rows = {float(x): [float(x) if x % 1 else int(x), *[None] * len(series)] for x in sorted(set(all_x.tolist()))}
     for i, line in enumerate(series):
@@ -110,14 +116,13 @@ def bars(
     note: str = "",
     intervals: np.ndarray | None = None,
     share: bool = False,
-    first_color: int = 0,
 ) -> str:
     """A group of lying bars for each row, one of each series; values are 0 or above, `intervals` [R, S, 2] a whisker each.
 
     `share` ends the scale at 1.
     """
     num_rows, num_series = value_RS.shape
-    left, thick = min(16 + 6.2 * max(map(len, rows)), 210), 10 if num_series > 1 else 13
+    left, thick = min(16 + 6.2 * max(map(len, rows)), 210), 13
     across, each = page.WIDTH - left - 34, thick * num_series + 8
     most = 1.0 if share else float(max(value_RS.max(), 0 if intervals is None else intervals.max())) or 1.0
     parts = [f'<path class="grid-line" d="M{left:.1f} 4v{each * num_rows}"/>']
@@ -131,7 +136,7 @@ def bars(
             width, middle = across * value_RS[r, i] / most, y + thick * (i + 0.5)
             end = width
             parts.append(
-                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:var(--c{i + first_color})"/>'
+                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:var(--c{i})"/>'
             )
             if intervals is not None:
                 low, end = (across * float(x) / most for x in intervals[r, i])
@@ -139,9 +144,7 @@ def bars(
             parts.append(f'<text x="{left + max(width, end) + 5:.1f}" y="{middle + 3:.1f}">{value_RS[r, i]:.3g}</text>')
     bottom = 12 + each * num_rows
     if num_series > 1:
-        legend, bottom = _legend(
-            [Line(name, (), (), color=i + first_color) for i, name in enumerate(series)], bottom + 12
-        )
+        legend, bottom = _legend([Line(name, (), (), color=i) for i, name in enumerate(series)], bottom + 12)
         parts.append(legend)
     columns, numbers = ["", *series], [[name, *map(float, of_row)] for name, of_row in zip(rows, value_RS, strict=True)]
     if intervals is not None:
@@ -196,13 +199,16 @@ def _legend(series: Sequence[Line], y: float) -> tuple[str, float]:
     text, x = "", float(LEFT)
     y += 4
     for line in series:
-        width = 30 + 6.2 * len(line.name)
+        width = 38 + 6.2 * len(line.name)
         if x > LEFT and x + width > page.WIDTH:
             x, y = float(LEFT), y + 16
         dash = ' class="second"' if line.dashed else ""
-        text += (
-            f'<path{dash} style="stroke:var(--c{line.color % len(page.COLORS)});stroke-width:2" d="M{x:.0f} {y - 4:.0f}h16"/>'
-            f'<text class="name" x="{x + 20:.0f}" y="{y:.0f}">{page.text(line.name)}</text>'
+        dot = (
+            f'<circle cx="{x + 8:.0f}" cy="{y - 4:.0f}" r="3.2" style="fill:var(--c{line.color % len(page.COLORS)})"/>'
         )
+        stroke = f'<path{dash} style="stroke:var(--c{line.color % len(page.COLORS)});stroke-width:2" d="M{x:.0f} {y - 4:.0f}h16"/>'
+        text += (
+            dot if len(line.x) == 1 else stroke
+        ) + f'<text class="name" x="{x + 21:.0f}" y="{y:.0f}">{page.text(line.name)}</text>'
         x += width
     return text, y + 8

@@ -37,12 +37,12 @@ def heat_map(
     names = max((len(name) for name in rows), default=0)
     scale = 2 if wide else 1
     left = min(14 + 6.2 * names, 150 * scale)
-    across = page.WIDTH * scale - left - RIGHT
+    across = page.WIDTH * scale - left - (60 if wide else RIGHT)  # room for the last tilted names
     down = float(np.clip(across / num_columns, 300 / num_rows, 18)) if num_rows <= 24 else max(420 / num_rows, 1.5)
     down, width = min(down, 22.0), across / num_columns
     gap = 0.8 if min(width, down) > 5 else 0.0
     tilted = max(map(len, columns), default=0) * 6.2 > width and width > 9
-    top = 8 + (min(max(map(len, columns)), 30) * 4.6 if tilted else 14)
+    top = 8 + (min(max(map(len, columns)), 26) * 4.6 if tilted else 14)
     level_RC = np.clip(np.rint(LEVELS * value_RC / limit), -LEVELS, LEVELS).astype(int)
     parts = [f'<rect class="empty" x="{left:.1f}" y="{top:.1f}" width="{across:.1f}" height="{down * num_rows:.1f}"/>']
     for level in sorted(set(level_RC.ravel().tolist()) - {0}):
@@ -61,7 +61,7 @@ def heat_map(
         )
     every = 1 if tilted else max(1, math.ceil((8 + 6.5 * max(map(len, columns))) / width))
     for c in range(0, num_columns, every):
-        x, name = left + width * (c + 0.5), page.text(columns[c][:30])
+        x, name = left + width * (c + 0.5), page.text(page.cut(columns[c], 26))
         turn = (
             f' transform="rotate(-48 {x:.1f} {top - 5:.1f})" text-anchor="start"' if tilted else ' text-anchor="middle"'
         )

@@ -143,11 +143,12 @@ def _figures(query_ND: np.ndarray | None, x_ND: np.ndarray, alone_ND: np.ndarray
 
 def _histograms(run: Run, query_ND: np.ndarray, x_ND: np.ndarray) -> list[Line]:
     """The cosines of pairs, and of each query with the document of the pair half the sample away."""
-    edges = np.linspace(-1, 1, BINS + 1)
     kinds = {"pairs": x_ND, "others": np.roll(x_ND, len(x_ND) // 2 or 1, axis=0)}
+    cosines = {kind: np.clip((query_ND * other_ND).sum(1), -1, 1) for kind, other_ND in kinds.items()}
+    edges = np.linspace(min(map(np.min, cosines.values())) - 1e-3, 1, BINS + 1)
     found = []
-    for i, (kind, other_ND) in enumerate(kinds.items()):
-        count = np.histogram(np.clip((query_ND * other_ND).sum(1), -1, 1), edges)[0]
+    for i, (kind, of_kind) in enumerate(cosines.items()):
+        count = np.histogram(of_kind, edges)[0]
         color = run.index if i == 0 else 6
         found.append(run.line(f"{run.name}: {kind}", (edges[1:] + edges[:-1]) / 2, count / count.sum(), color=color))
     return found
@@ -170,10 +171,12 @@ def translations(asked: Sequence[Asked]) -> str:
         query_ND = a.model.encode([row[1] for row in rows], a.model.prompt("query"))
         document_ND = a.model.encode([row[2] for row in rows], a.model.prompt("document"))
         cosine_NC = np.clip(query_ND @ document_ND.T, -1, 1)
+        mean = float(cosine_NC.mean())
+        limit = max(float(cosine_NC.max()) - mean, 1e-6)
         own_is_best = float((cosine_NC.argmax(1) == np.arange(len(rows))).mean())
         figures.append(heat_map.heat_map(
-            cosine_NC, limit=1.0, rows=[f"{lang}  {query}" for lang, query, _ in rows], columns=[row[2] for row in rows],
-            title=f"{a.run.name}: sentences and their translations", low="cosine -1", high="1", wide=True,
+            cosine_NC - mean, limit=limit, shown=cosine_NC, rows=[f"{lang}  {query}" for lang, query, _ in rows], columns=[row[2] for row in rows],
+            title=f"{a.run.name}: sentences and their translations", low=f"cosine {mean - limit:.2f} or less", high=f"{mean + limit:.2f}", wide=True,
             note=f"the own translation is the nearest for {own_is_best:.0%} of {len(rows)}",
         ))  # fmt: skip
     return said + page.grid(figures)

@@ -31,14 +31,14 @@ h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
 p { margin: .3rem 0 .8rem; max-width: 76ch; } .lead, nav { color: var(--faint); }
 nav a, a { color: var(--c0); text-decoration: none; } a:hover { text-decoration: underline; } nav a { margin-right: 1.1em; }
 .missing { color: var(--faint); border-left: 3px solid var(--line); padding-left: .8em; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1rem; align-items: start; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 1rem; align-items: start; }
 figure { margin: 0; padding: .8rem .9rem .5rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: .86rem; margin-bottom: .3rem; } figcaption b { font-weight: 600; } figcaption span { color: var(--faint); }
 svg { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, "DejaVu Sans", sans-serif; }
 svg text { fill: var(--faint); } svg .name { fill: var(--ink); } svg .grid-line { stroke: var(--line); stroke-width: 1; }
 svg .hair { stroke: var(--faint); stroke-width: 1; stroke-dasharray: 2 2; visibility: hidden; }
-svg .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; } svg .second { stroke-dasharray: 5 3; }
+svg .shown { visibility: visible; } svg .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round; } svg .second { stroke-dasharray: 5 3; }
 svg .whisker { stroke: var(--ink); stroke-width: 1.4; }
 svg .empty { fill: var(--line); fill-opacity: .45; }
 .foot { display: flex; justify-content: space-between; gap: 1em; min-height: 1.6em; margin: .2rem 0 0; max-width: none; font-size: .78rem;
@@ -46,7 +46,7 @@ svg .empty { fill: var(--line); fill-opacity: .45; }
 .memory svg > rect:first-child { fill: none; } .memory svg text { fill: var(--ink); } .memory svg path { stroke: var(--ink); }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .6rem 0 1rem; display: block; overflow-x: auto; }
 th, td { text-align: right; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 500; color: var(--faint); } td:first-child, th:first-child { text-align: left; }
+th { font-weight: 500; color: var(--faint); } td:first-child, th:first-child, .word { text-align: left; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: var(--faint); }
 pre { font-size: .78rem; overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
 @media print { body { max-width: none; } figure { break-inside: avoid; } }
@@ -55,7 +55,7 @@ pre { font-size: .78rem; overflow-x: auto; background: var(--card); border: 1px 
 # What is under the pointer, read from the figure's own CSV.
 SCRIPT = r"""
 for (const figure of document.querySelectorAll("figure[data-box]")) {
-  const svg = figure.querySelector("svg"), hair = svg.querySelector(".hair"), out = figure.querySelector("output");
+  const svg = figure.querySelector("svg"), hair = svg.querySelector("line.hair"), out = figure.querySelector("output");
   const [left, top, width, height] = figure.dataset.box.split(" ").map(Number);
   const href = figure.querySelector("a[download]").getAttribute("href");
   const rows = [[]], cell = /("(?:[^"]|"")*"|[^,\r\n]*)(,|\r?\n|$)/g, text = decodeURIComponent(href.slice(href.indexOf(",") + 1)).trimEnd();
@@ -69,7 +69,7 @@ for (const figure of document.querySelectorAll("figure[data-box]")) {
     const box = svg.getBoundingClientRect(), k = scale / box.width;
     const x = ((event.clientX - box.left) * k - left) / width, y = ((event.clientY - box.top) * k - top) / height;
     if (x < 0 || x > 1 || y < 0 || y > 1) { out.textContent = ""; if (hair) hair.style.visibility = "hidden"; return; }
-    if (figure.dataset.kind === "map") {
+    if (figure.dataset.kind.startsWith("map")) {
       const r = Math.min(rows.length - 1, Math.floor(y * rows.length)), c = Math.min(names.length - 2, Math.floor(x * (names.length - 1)));
       out.textContent = `${rows[r][0]} · ${names[c + 1]}: ${rows[r][c + 1]}`;
       return;
@@ -137,10 +137,11 @@ def as_link(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """Text and numbers in rows; numbers with four digits, None as a dash."""
-    show = lambda x: "–" if x is None else f"{x:,.4g}" if isinstance(x, float) else text(str(x))  # noqa: E731
-    head = "".join(f"<th>{text(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{show(x)}</td>" for x in row) + "</tr>" for row in rows)
+    """Text and numbers in rows; numbers with four digits or more, None as a dash."""
+    rows = list(rows)
+    kinds = [_kind(x) for x in rows[0]] if rows else [""] * len(columns)
+    head = "".join(f"<th{kind}>{text(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n"
 
 
@@ -168,3 +169,14 @@ def text(said: str) -> str:
 def cut(said: str, room: int) -> str:
     """At most `room` letters, with an ellipsis for the rest."""
     return said if len(said) <= room else said[: max(room - 1, 1)] + "…"
+
+
+def _kind(x) -> str:
+    return ' class="word"' if isinstance(x, str) and not x[:1].isdigit() else ""
+
+
+def _cell(x) -> str:
+    if x is None:
+        return "<td>–</td>"
+    said = text(x) if isinstance(x, str) else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+    return f"<td{_kind(x)}>{said}</td>"

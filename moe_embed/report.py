@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed import expert_maps, metrics, model_sections, page, report_sections, run_texts, verb
+from moe_embed import expert_maps, metrics, model_sections, page, report_sections, retrieval_section, run_texts, verb
 from moe_embed.config import UserError
 from moe_embed.load import Model, load
 from moe_embed.retrieval import read_results
@@ -87,7 +87,7 @@ def write_page(
             "routers": ("Experts over time", report_sections.routers(runs)),
             "maps": ("Experts by language and source", model_sections.maps(asked)),
             "vectors": ("How the vectors lie", model_sections.shape_of_vectors(asked)),
-            "quality": ("Retrieval", report_sections.quality(runs, results)),
+            "quality": ("Retrieval", retrieval_section.quality(runs, results)),
             "translations": ("Translations", model_sections.translations(asked)),
             "memory": ("Memory", report_sections.memory(planned)),
         },

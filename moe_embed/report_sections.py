@@ -169,61 +169,6 @@ def routers(runs: Sequence[Run]) -> str:
     return said + page.grid(figures)
 
 
-def quality(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
-    """nDCG@10 over the steps; and by task, dimension and precision of evaluate's outputs, one a run in their order."""
-    said, series, color = "", [], len(runs)
-    for run in runs:
-        if not run.evaluations:
-            why = "a masked-language-model run searches for nothing" if run.config.loss.objective == "mlm" else (
-                "it was trained without config.data.dev and config.run.eval_every")  # fmt: skip
-            said += page.say(f"{run.name} has no evaluations: {why}.", missing=True)
-            continue
-        steps = [row["step"] for row in run.evaluations]
-        series.append(run.line(f"{run.name}: mean", steps, [row["ndcg"] for row in run.evaluations], points=True))
-        tasks = [name for name in run.evaluations[-1] if name.startswith("ndcg/")]
-        for task in tasks if 1 < len(tasks) <= 8 else []:
-            there = [row for row in run.evaluations if task in row]
-            label = f"{run.name}: {task.removeprefix('ndcg/')}"
-            series.append(run.line(label, [row["step"] for row in there], [row[task] for row in there], color=color))
-            color += 1
-    figures = [charts.lines(series, title="dev nDCG@10", x_label="step")]
-    for run, tasks in zip(runs, results, strict=False):
-        figures += [by_task(run, tasks), by_size(run, tasks)]
-        if not any("dims" in of_task or "precisions" in of_task for of_task in tasks.values()):
-            said += page.say(f"{run.name} was evaluated without --dims and --precisions.", missing=True)
-    if not results:
-        said += page.say("Matryoshka dimensions, int8 and binary vectors, test tasks: give evaluate's output as --evaluation=r.json.",
-                         missing=True)  # fmt: skip
-    return said + page.grid(figures)
-
-
-def by_task(run: Run, tasks: Mapping[str, dict]) -> str:
-    """nDCG@10 of each task with its interval."""
-    values = np.array([[of_task["ndcg@10"]] for of_task in tasks.values()])
-    known = all("interval" in of_task for of_task in tasks.values())
-    intervals = np.array([[of_task["interval"]] for of_task in tasks.values()]) if known else None
-    return charts.bars(values, rows=list(tasks), series=["nDCG@10"], title=f"{run.name}: nDCG@10 by task", intervals=intervals,
-                       share=True, note="with 95 % intervals" if known else "", first_color=run.index)  # fmt: skip
-
-
-def by_size(run: Run, tasks: Mapping[str, dict]) -> str:
-    """nDCG@10, mean of all tasks, over the numbers of a vector; int8 and binary vectors as points. UserError for another model's."""
-    whole, first = run.config.encoder.dim, next(iter(tasks.values()))
-    mean = lambda pick: float(np.mean([pick(of_task)["ndcg@10"] for of_task in tasks.values()]))  # noqa: E731
-    cut = sorted(map(int, first["dims"])) if "dims" in first else []
-    if cut and cut[-1] > whole:
-        raise UserError(
-            f"--evaluation of {run.name} has vectors of {cut[-1]} numbers, its model {whole}: it is another model's."
-        )
-    at = {dim: mean(lambda of, d=str(dim): of["dims"][d]) for dim in cut} | {whole: mean(lambda of: of)}
-    series = [run.line("float32", list(at), list(at.values()), points=True)]
-    for i, precision in enumerate(first["precisions"] if "precisions" in first else ()):
-        value = mean(lambda of, p=precision: of["precisions"][p])
-        series.append(run.line(precision, [whole], [value], color=2 + i, points=True))
-    return charts.lines(series, title=f"{run.name}: nDCG@10 by dimension", x_label="numbers of a vector", log_x=True,
-                        note="mean of all tasks")  # fmt: skip
-
-
 def memory(plan: Mapping | None) -> str:
     """The bars of a plan.json: what a device would hold."""
     if plan is None:

@@ -5,7 +5,8 @@
     python -m moe_embed.train --config=configs/nomic_v2/finetune.py:tiny --init_from=MODEL --workdir=runs/finetuned
 
 The workdir describes itself: workdir.json (config, prompts, versions), tokenizer.model, metrics.jsonl, evaluations.jsonl,
-events.jsonl (when it began, resumed and saved), checkpoints/<step>, skipped.jsonl (steps that were not finite). MLM, pretraining and finetuning are this one loop with another config.
+events.jsonl (when it began, resumed and saved), checkpoints/<step>, skipped.jsonl (steps that were not finite).
+MLM, pretraining and finetuning are this one loop with another config.
 
 Exit status: 0 done; 2 a fault of the user's; 75 preempted (SIGTERM: it has saved) and 76 another process is gone or stuck, or
 this one (config.run.watchdog): run the same command again.
