@@ -13,7 +13,9 @@ from moe_embed import page
 
 LEFT, RIGHT = 52, 12  # of a chart, in the units of its viewBox
 HEIGHT, TOP, LANE, BOTTOM = 150, 8, 19, 34
-BUCKETS = 220  # of a curve with more points the least and the greatest of each bucket are drawn
+BUCKETS = 220  # stretches of a curve of many points: drawn as a mean, in a band from its least to its greatest
+DOTS = 40  # a curve of more points has none
+APART = 7  # between marks of a kind
 SHAPES = {"save": "M0-4L4 3H-4Z", "resume": "M0-5L5 0L0 5L-5 0Z", "skipped": "M-3.5-3.5L3.5 3.5M-3.5 3.5L3.5-3.5",
           "evaluation": "M-3 0A3 3 0 1 0 3 0A3 3 0 1 0-3 0Z"}  # fmt: skip
 
@@ -43,68 +45,90 @@ def lines(
 
     `log_x` puts x on a scale of powers of two, with a tick at each x. "" where no curve has a finite point.
     """
-    series = [dataclasses.replace(line, x=x, y=y) for line in series for x, y in [thin(line.x, line.y)] if len(x)]
-    if not series:
+    drawn = [(line, *thin(line.x, line.y)) for line in series]
+    drawn = [(line, x, low, mean, high) for line, x, low, mean, high in drawn if len(x)]
+    if not drawn:
         return ""
     scaled = np.log2 if log_x else np.asarray
-    all_x, all_y = (np.concatenate([getattr(line, name) for line in series]) for name in "xy")
+    all_x, all_y = np.concatenate([of[1] for of in drawn]), np.concatenate([y for of in drawn for y in (of[2], of[4])])
     marked = [x for of_run in marks for places in of_run.values() for x in places]
     x_from, x_to = (float(end([*scaled(all_x), *marked])) for end in (min, max))
     y_ticks = ticks(float(all_y.min()), float(all_y.max()))
     y_from, y_to = y_ticks[0], y_ticks[-1]
     top = TOP + (LANE * len(marks) + 4 if marked else 0)
     across = page.WIDTH - LEFT - RIGHT
-    at_x = lambda x: LEFT + across * ((scaled(x) - x_from) / (x_to - x_from) if x_to > x_from else 0.5)  # noqa: E731
+    at_x = lambda x: LEFT + across * ((scaled(x) - x_from) / (x_to - x_from) if x_to > x_from else 0 * scaled(x) + 0.5)  # noqa: E731
     at_y = lambda y: top + HEIGHT * (1 - (y - y_from) / (y_to - y_from))  # noqa: E731
     parts = [
         f'<path class="grid-line" d="M{LEFT} {at_y(y):.1f}h{across}"/><text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{short(y)}</text>'
         for y in y_ticks
     ]
     x_ticks = sorted(set(all_x.tolist())) if log_x else [x for x in ticks(x_from, x_to) if x_from <= x <= x_to]
-    last = -math.inf
-    for x in x_ticks:
-        if (place := float(at_x(x))) - last > 24:  # else the numbers run into each other
-            parts.append(f'<text x="{place:.1f}" y="{top + HEIGHT + 15}" text-anchor="middle">{short(x)}</text>')
-            last = place
+    for place, x in _apart([(float(at_x(x)), x) for x in x_ticks], 24):  # nearer, the numbers run into each other
+        parts.append(f'<text x="{place:.1f}" y="{top + HEIGHT + 15}" text-anchor="middle">{short(x)}</text>')
     parts.append(
         f'<text x="{page.WIDTH - RIGHT}" y="{top + HEIGHT + 30}" text-anchor="end">{page.text(x_label)}</text>'
     )
     for lane, of_run in enumerate(marks):
         for name, places in of_run.items():
-            drawn = sorted({round(float(at_x(x))) for x in places})  # one a unit, however many there are
+            where = [x for x, _ in _apart([(float(at_x(x)), x) for x in sorted(places)], APART)]
             fill, y = (
                 "none" if name == "skipped" else f"var(--c{lane})",
                 LANE * lane + (6 if name == "evaluation" else 16),
             )
             parts += [
-                f'<path d="{SHAPES[name]}" transform="translate({x} {y})" style="fill:{fill};stroke:var(--c{lane})"/>'
-                for x in drawn
+                f'<path d="{SHAPES[name]}" transform="translate({x:.0f} {y})" style="fill:{fill};stroke:var(--c{lane})"/>'
+                for x in where
             ]
             if name == "resume":
-                parts += [f'<path class="hair shown" d="M{x} {top}v{HEIGHT}"/>' for x in drawn]
-    for line in series:
-        points = [(float(at_x(x)), float(at_y(y))) for x, y in zip(line.x, line.y, strict=True)]
-        color, second = f"var(--c{line.color % len(page.COLORS)})", " second" if line.dashed else ""
-        if len(points) > 1:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline class="curve{second}" style="stroke:{color}" points="{path}"/>')
-        if line.points or len(points) == 1:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2" style="fill:{color}"/>' for x, y in points]
+                parts += [f'<path class="hair shown" d="M{x:.0f} {top}v{HEIGHT}"/>' for x in where]
+    for line, x, low, mean, high in drawn:
+        parts += _curve(line, at_x(x), *map(at_y, (low, mean, high)), banded=low is not mean)
     parts.append(f'<line class="hair" x1="{LEFT}" x2="{LEFT}" y1="{top}" y2="{top + HEIGHT}"/>')
     bottom = top + HEIGHT + BOTTOM
-    if len(series) > 1:
-        legend, bottom = _legend(series, bottom + 8)
+    if len(drawn) > 1:
+        legend, bottom = _legend([of[0] for of in drawn], bottom + 8)
         parts.append(legend)
-    rows = {float(x): [float(x) if x % 1 else int(x), *[None] * len(series)] for x in sorted(set(all_x.tolist()))}
-    for i, line in enumerate(series):
-        for x, y in zip(line.x, line.y, strict=True):
-            rows[float(x)][i + 1] = float(y)
-    box = f"{LEFT} {top} {across} {HEIGHT}"
-    columns = [x_label, *(line.name for line in series)]
+    columns, rows = _numbers(drawn, x_label)
     return page.figure(
-        page.svg(parts, bottom, title), title=title, columns=columns, rows=rows.values(), note=note, kind="lines",
-        box=box, x=f"{x_from:.9g} {x_to:.9g} {int(log_x)}",
+        page.svg(parts, bottom, title), title=title, columns=columns, rows=rows, note=note, kind="lines",
+        box=f"{LEFT} {top} {across} {HEIGHT}", x=f"{x_from:.9g} {x_to:.9g} {int(log_x)}",
     )  # fmt: skip
+
+
+def _curve(
+    line: Line, x: np.ndarray, low: np.ndarray, mean: np.ndarray, high: np.ndarray, *, banded: bool
+) -> list[str]:
+    """Shapes of a curve whose points lie at these places of the picture."""
+    parts, color = [], f"var(--c{line.color % len(page.COLORS)})"
+    points = lambda x, y: " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))  # noqa: E731
+    if banded:
+        band = points(np.r_[x, x[::-1]], np.r_[low, high[::-1]])
+        parts.append(f'<polygon style="fill:{color}" fill-opacity="0.22" points="{band}"/>')
+    if len(x) > 1:
+        second = " second" if line.dashed else ""
+        parts.append(f'<polyline class="curve{second}" style="stroke:{color}" points="{points(x, mean)}"/>')
+    if (line.points and len(x) <= DOTS) or len(x) == 1:
+        parts += [
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" style="fill:{color}"/>' for a, b in zip(x, mean, strict=True)
+        ]
+    return parts
+
+
+def _numbers(drawn: Sequence[tuple], x_label: str) -> tuple[list[str], list[list]]:
+    """Columns and rows of the curves' CSV: all x that any curve has, with an empty cell where another has none."""
+    columns, cells = [x_label], {x: {} for x in sorted({float(x) for of in drawn for x in of[1]})}
+    for line, x, low, mean, high in drawn:
+        named = {line.name: mean}
+        if low is not mean:
+            named |= {f"{line.name}, least": low, f"{line.name}, greatest": high}
+        for name, y in named.items():
+            columns.append(name)
+            for at, value in zip(x.tolist(), y.tolist(), strict=True):
+                cells[at][name] = value
+    return columns, [
+        [x if x % 1 else int(x), *(of[name] if name in of else None for name in columns[1:])] for x, of in cells.items()
+    ]
 
 
 def bars(
@@ -153,17 +177,18 @@ def bars(
     return page.figure(page.svg(parts, bottom, title), title=title, columns=columns, rows=numbers, note=note)
 
 
-def thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The finite points of a curve; of more than 2 BUCKETS the least and the greatest y of each bucket, in order."""
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The finite points of a curve: (x, least, mean, greatest), each [n]; of a curve of few points the three are one array.
+
+    More than 2 BUCKETS of points become BUCKETS stretches, each at its first x, and nothing that stuck out is lost.
+    """
     x, y = np.asarray(x, float), np.asarray(y, float)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) <= 2 * BUCKETS:
-        return x, y
-    keep = {0, len(y) - 1}
-    for part in np.array_split(np.arange(len(y)), BUCKETS):
-        keep |= {int(part[y[part].argmin()]), int(part[y[part].argmax()])}
-    places = sorted(keep)
-    return x[places], y[places]
+        return x, y, y, y
+    parts = np.array_split(y, BUCKETS)
+    low, mean, high = (np.array([of(part) for part in parts]) for of in (np.min, np.mean, np.max))
+    return np.array([part[0] for part in np.array_split(x, BUCKETS)]), low, mean, high
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -192,6 +217,15 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / min(size, 1e3 if letter == 'k' else size):.4g}{letter}"
     return f"{value:.4g}"
+
+
+def _apart(places: Sequence[tuple[float, float]], least: float) -> list[tuple[float, float]]:
+    """Of (place, x), ascending, those that are `least` apart: what would lie on each other is one."""
+    found: list[tuple[float, float]] = []
+    for place in places:
+        if not found or place[0] - found[-1][0] >= least:
+            found.append(place)
+    return found
 
 
 def _legend(series: Sequence[Line], y: float) -> tuple[str, float]:

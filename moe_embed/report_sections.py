@@ -103,8 +103,9 @@ def training(runs: Sequence[Run]) -> str:
         x_label="step", marks=marks, note="share of the time since the run first began that went into steps that count",
     ))  # fmt: skip
     keys = page.say(
-        "Above each frame: ▲ save, ◆ resume, ✕ skipped step, ● evaluation. A long curve is drawn through the least and the greatest "
-        "value of each stretch. Goodput leaves out compilation, evaluation, saving, work done twice and the time a run lay still."
+        "Above each frame: ▲ save, ◆ resume, ✕ skipped step, ● evaluation; where many are near, one stands for them. A long curve is the "
+        "mean of each stretch, in a band from its least to its greatest. Goodput leaves out compilation, evaluation, saving, work done "
+        "twice and the time a run lay still."
     )
     return keys + said + page.grid(figures)
 
@@ -158,7 +159,7 @@ def routers(runs: Sequence[Run]) -> str:
         num_bins = int(np.clip(CELLS // (len(runs) * load_TRE[0].size), 12, 96))
         parts = np.array_split(np.arange(len(rows)), min(num_bins, len(rows)))
         mean_CRE = np.stack([load_TRE[part].mean(0) for part in parts])
-        columns = [str(rows[part[0]]["step"]) for part in parts]
+        columns = [charts.short(rows[part[0]]["step"]) for part in parts]
         for r in range(load_TRE.shape[1]):
             load_EC = mean_CRE[:, r].T
             figures.append(heat_map.heat_map(

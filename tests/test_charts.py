@@ -63,20 +63,26 @@ def test_marks_have_shapes_and_a_lane_a_run():
     assert heights[0] == heights[1] == heights[2] < heights[4] < heights[3]
     assert drawn[0][1] == drawn[2][1] != drawn[1][1]
     many = charts.lines(curve, title="t", x_label="step", marks=[{"save": [i / 1000 for i in range(50_000)]}])
-    assert len(attributes(many, "path")) < charts.page.WIDTH + 10
+    assert 20 < len(attributes(many, "path")) < charts.page.WIDTH / charts.APART + 10
 
 
-def test_a_long_curve_keeps_its_extremes():
+def test_a_long_curve_is_a_mean_in_a_band():
     y = np.sin(np.arange(100_000.0))
     y[77_777], y[12_345] = 9.0, -9.0
-    x, kept = charts.thin(np.arange(100_000), y)
-    assert len(x) <= 2 * charts.BUCKETS + 2
-    assert (kept.max(), kept.min()) == (9.0, -9.0)
-    assert (x[0], x[-1]) == (0, 99_999)
-    assert np.all(np.diff(x) > 0)
-    np.testing.assert_array_equal(kept, y[x.astype(int)])
-    short = charts.thin([1, 2, 3], [5.0, 6.0, 7.0])
-    assert [list(part) for part in short] == [[1, 2, 3], [5, 6, 7]]
+    x, low, mean, high = charts.thin(np.arange(100_000), y)
+    assert len(x) == charts.BUCKETS
+    assert (high.max(), low.min(), x[0]) == (9.0, -9.0, 0)
+    place = int(high.argmax())
+    part = np.array_split(y, charts.BUCKETS)[place]
+    assert (low[place], mean[place], high[place]) == (part.min(), part.mean(), 9.0)
+    assert x[place] <= 77_777 < x[place + 1]
+    made = charts.lines([Line("a", range(100_000), y)], title="t", x_label="step")
+    assert numbers(made)[0] == ["step", "a", "a, least", "a, greatest"]
+    assert len(numbers(made)) == 1 + charts.BUCKETS
+    assert len(attributes(made, "polygon")) == 1
+    x, low, mean, high = charts.thin([1, 2, 3, 4], [5.0, 6.0, np.nan, 7.0])
+    assert low is mean is high
+    assert (list(x), list(mean)) == ([1, 2, 4], [5, 6, 7])
 
 
 @pytest.mark.parametrize(
