@@ -150,7 +150,7 @@ def routers(runs: Sequence[Run]) -> str:
         some = [run.line(run.name, *run.of(name)) for run in runs if run.of(name)[0]]
         figures.append(charts.lines(some, title=label, x_label="step"))
     for run in runs:
-        rows = [row for row in run.rows if not row["skipped"]] if run.config.moe.num_experts else []
+        rows = [row for row in run.rows if np.isfinite(row["loss"])] if run.config.moe.num_experts else []
         load_TRE = loads(rows)
         if not load_TRE.size:
             what = "has no step yet" if run.config.moe.num_experts else "is dense: it has no experts"

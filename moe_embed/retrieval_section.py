@@ -29,11 +29,12 @@ def quality(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
     figures = [charts.lines(series, title="dev nDCG@10", x_label="step")]
     if results:
         check_same_tasks(runs, results)
-        figures += [by_size(runs, results), by_task(runs, results)]
-    for run, tasks in zip(runs, results, strict=False):
-        if not any("dims" in of_task or "precisions" in of_task for of_task in tasks.values()):
-            said += page.say(f"{run.name} was evaluated without --dims and --precisions.", missing=True)
-    if not results:
+        sized = [{"dims", "precisions"} & next(iter(tasks.values())).keys() for tasks in results]
+        figures += [by_size(runs, results) if any(sized) else "", by_task(runs, results)]
+        for run, of_run in zip(runs, sized, strict=True):
+            if not of_run:
+                said += page.say(f"{run.name} was evaluated without --dims and --precisions.", missing=True)
+    else:
         said += page.say("Matryoshka dimensions, int8 and binary vectors, test tasks: give evaluate's output as --evaluation=r.json.",
                          missing=True)  # fmt: skip
     return said + page.grid(figures)

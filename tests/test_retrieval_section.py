@@ -66,3 +66,4 @@ def test_what_is_not_there_is_said(tmp_path):
     made = retrieval_section.quality([run], [read(tmp_path, dims=False)])
     assert "m has no evaluations: a masked-language-model run searches for nothing." in made
     assert "m was evaluated without --dims and --precisions." in made
+    assert [table[0][1] for table in links(made)] == ["m"]  # the bars of the tasks alone
