@@ -23,7 +23,7 @@ LAYERS = (
      "model.encoder"},
     {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "significance", "bm25", "quantize", "hf_layout", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "protocol", "mteb_model", "same_run", "held_out", "hlo", "hlo_count",
-     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "card_facts", "calibrate", "gguf_file", "push", "vector_file", "run_data"},
+     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "card_facts", "calibrate", "gguf_file", "push", "vector_file", "run_data", "page", "charts", "heat_map", "geometry", "expert_maps", "run_texts", "report_sections", "retrieval_section", "model_sections"},
     {""},  # moe_embed/__init__.py: the public names
     {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "serve", "soup", "upcycle", "doctor", "mteb_benchmark", "paper_table", "worth", "prepare"},  # the verbs
 )  # fmt: skip
