@@ -52,6 +52,10 @@ def pytest_collection_modifyitems(config, items):
             '-m deploy opens exports in sentence-transformers, transformers and ONNX Runtime: pip install -e ".[deploy]" '
             "(on Python 3.11 without a GPU, torch==2.13.0 first).",
         ),
+        "notebooks": (
+            lambda: all(map(importlib.util.find_spec, ("nbclient", "ipykernel"))),
+            '-m notebooks executes colab/ by nbclient: pip install -e ".[notebooks]".',
+        ),
         "mteb": (
             lambda: importlib.util.find_spec("mteb") is not None,
             '-m mteb needs mteb: pip install -e ".[mteb]" (on Python 3.11 without a GPU, torch==2.13.0 first).',
