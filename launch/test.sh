@@ -7,8 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # elsewhere the run says which tests that costs.
 extras=(test serve)
 if "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then extras+=(torch); fi
-# Large, and for those who ask: other people's software that opens our exports, or runs our models.
-for extra in mteb deploy; do
+# Large, and for those who ask: other people's software that opens our exports, runs our models, or executes notebooks.
+for extra in mteb deploy notebooks; do
     if [[ "$*" == *"$extra"* ]]; then extras+=("$extra"); fi
 done
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras+=(tpu); fi
@@ -17,6 +17,6 @@ ready_venv "${extras[@]}"
 if [ $# -eq 0 ]; then
     ruff check --quiet .
     ruff format --check --quiet .
-    set -- -m "not slow and not gpu and not faults and not notebooks and not bench"
+    set -- -m "not slow and not gpu and not faults and not notebooks and not readme and not bench"
 fi
 exec python -m pytest "$@"

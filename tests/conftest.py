@@ -59,6 +59,10 @@ def pytest_collection_modifyitems(config, items):
             lambda: HAS_BROWSER,
             "-m report opens reports in a browser, and there is none: put chromium on PATH, or name one, CHROME=/path/to/chromium.",
         ),
+        "notebooks": (
+            lambda: all(map(importlib.util.find_spec, ("nbclient", "ipykernel"))),
+            '-m notebooks executes colab/ by nbclient: pip install -e ".[notebooks]".',
+        ),
         "mteb": (
             lambda: importlib.util.find_spec("mteb") is not None,
             '-m mteb needs mteb: pip install -e ".[mteb]" (on Python 3.11 without a GPU, torch==2.13.0 first).',
