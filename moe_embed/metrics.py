@@ -131,14 +131,14 @@ def keep(path: pathlib.Path, last_step: int) -> None:
 
 def read(path: pathlib.Path) -> list[dict]:
     """The rows of a .jsonl file, none if there is no file; a last line cut short by a crash is left out."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and "step" in row and isinstance(row["step"], int):
             rows.append(row)
         elif number < len(lines):
             raise UserError(f"{path}:{number} is no row with a step; mend or remove the file.")

@@ -16,7 +16,7 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"))]  # what `import` can find
 
 LAYERS = (
-    {"config", "verb", "metrics", "cluster", "agreement", "fields", "watchdog", "preemption", "batcher"},
+    {"config", "verb", "metrics", "cluster", "agreement", "fields", "watchdog", "preemption", "stored", "batcher"},
     {"data", "data.sources", "data.pairs", "data.tables", "data.tally", "data.inputs", "data.prepared", "data.hygiene", "data.spool", "data.tokenizer", "data.mixture", "data.packing", "data.batches", "data.sizes", "data.loading", "data.mlm_batches", "data.origin", "data.corpus", "data.vocabulary"},
     {"sharding"},
     {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
