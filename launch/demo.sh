@@ -25,6 +25,7 @@ fi
 
 echo; echo "== the run, and which experts read which language"
 python -m moe_embed.report --workdir=$run
+python -m moe_embed.report --workdir=$run --output=$run/report.html --evaluation=$run/evaluation.json
 
 echo; echo "== export"
 if newer $run/export/parity.json; then echo "$run/export is up to date."; else python -m moe_embed.export --model=$run --output=$run/export; fi
@@ -38,6 +39,7 @@ done in $((SECONDS - start)) s, on a machine that does $(sed -n 's/^multiply *\(
   checkpoint  $(find $run/checkpoints -mindepth 1 -maxdepth 1 -type d | sort -V | tail -n 1)
   export      $run/export   (SentenceTransformer("$run/export", trust_remote_code=True))
   figures     $run/evaluation.json
+  report      $run/report.html   (open it in a browser)
 search with your own words:
   .venv/bin/python -m moe_embed.embed --model=$run --search=$sample/tasks/xling-libreoffice-help-ja-en/corpus.jsonl
 END

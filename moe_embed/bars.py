@@ -3,8 +3,9 @@
 import html
 from collections.abc import Mapping
 
+from moe_embed import page
+
 GIB = 2**30
-COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2", "#97bbf5", "#9c6b4e")
 
 
 def as_text(parts: Mapping[str, float], *, limit: float, width: int = 100) -> list[str]:
@@ -28,7 +29,7 @@ def as_svg(parts: Mapping[str, float], *, limit: float, title: str) -> str:
     scale = (width - 2 * left) / (1.05 * max(limit, total))
     shapes, x = [], float(left)
     for i, (name, size) in enumerate(parts.items()):
-        color, label = COLORS[i % len(COLORS)], f"{name} {size / GIB:.2f} GiB"
+        color, label = page.COLORS[i % len(page.COLORS)], f"{name} {size / GIB:.2f} GiB"
         shapes.append(
             f'<rect x="{x:.1f}" y="{top}" width="{size * scale:.1f}" height="{height}" fill="{color}">'
             f"<title>{html.escape(label)}</title></rect>"

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from moe_embed import quantize, run_data
+from moe_embed import quantize, run_data, stored
 from moe_embed.config import UserError
 from moe_embed.data import inputs, sources
 from moe_embed.load import DESCRIPTION, Model, read_description
@@ -64,7 +64,7 @@ def read(folder: pathlib.Path) -> quantize.Ranges:
     """What `write` wrote, float32 [D] each. UserError if the file is missing or something else."""
     path = pathlib.Path(folder) / FILE
     try:
-        low_D, high_D = np.asarray(json.loads(path.read_text("utf-8"))["ranges"], np.float32)
+        low_D, high_D = np.asarray(stored.read_json(path)["ranges"], np.float32)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} holds no ranges: {error!r}; export --calibrate=documents.jsonl writes them."

@@ -4,13 +4,12 @@ Nothing is guessed: what nobody wrote down is not in the card.
 """
 
 import argparse
-import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moe_embed import checkpoint, held_out, retrieval, run_data
+from moe_embed import checkpoint, held_out, retrieval, run_data, stored
 from moe_embed.config import UserError
 from moe_embed.load import DESCRIPTION, read_description
 
@@ -48,7 +47,7 @@ def of_workdir(root: pathlib.Path) -> Facts:
     files = tuple((str(name), int(count)) for name, count, _ in written["files"]) if "files" in written else ()
     verdict = ""
     if (root / held_out.FILE).is_file():
-        found = json.loads((root / held_out.FILE).read_text("utf-8"))
+        found = stored.read_json(root / held_out.FILE)
         verdict = found["verdict"] if "verdict" in found else ""
     began = description.init_from or ""
     cached = HUB_CACHE.search(began)

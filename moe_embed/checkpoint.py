@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import orbax.checkpoint as ocp
 
-from moe_embed import cluster
+from moe_embed import cluster, stored
 from moe_embed.config import UserError
 
 MANIFEST = "digests.json"
@@ -121,7 +121,7 @@ def problem(folder: pathlib.Path, step: int) -> str:
     """Why a step does not verify, in a few words; "" if it does."""
     path = folder / str(step)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = stored.read_json(path / MANIFEST)
         files = manifest["files"]
         if manifest["digest"] != _digest_of(manifest):
             return f"digest mismatch in {path / MANIFEST}"
@@ -129,12 +129,14 @@ def problem(folder: pathlib.Path, step: int) -> str:
         return f"{path} has no manifest: it is unfinished, or none of ours"
     except NotADirectoryError:
         return f"{path} is no directory"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"digest mismatch in {path / MANIFEST}"
-    if "schema" in manifest and manifest["schema"] > SCHEMA:
+    if "schema" in manifest and isinstance(manifest["schema"], int) and manifest["schema"] > SCHEMA:
         raise UserError(
             f"{path} was written by a newer moe_embed (schema {manifest['schema']}; this one reads {SCHEMA}); install that one."
         )
+    if not _is_ours(manifest):
+        return f"{path / MANIFEST} is none of ours"
     if "step" in manifest and manifest["step"] != step:
         return f"{path} is a copy of step {manifest['step']}"
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST}
@@ -144,6 +146,17 @@ def problem(folder: pathlib.Path, step: int) -> str:
         if _digest(path / name) != digest:
             return f"digest mismatch in {path / name}"
     return ""
+
+
+def _is_ours(manifest: dict) -> bool:
+    """Whether a manifest's parts are of the kinds that are read here: a digest can be right in what somebody else made up."""
+    arrays = manifest["arrays"] if "arrays" in manifest else {}
+    return (
+        all(isinstance(part, dict) for part in (manifest["files"], manifest["facts"], arrays))
+        and all(isinstance(digest, str) for digest in manifest["files"].values())
+        and all(isinstance(array, list) and len(array) == 2 for array in arrays.values())
+        and all(isinstance(manifest[key], int) for key in ("schema", "step") if key in manifest)
+    )
 
 
 def newest_verified(folder: pathlib.Path, *, say: Callable[[str], None], strict: bool = False) -> int | None:
@@ -178,7 +191,7 @@ def _newest_verified(folder: pathlib.Path, say: Callable[[str], None], strict: b
 
 def facts(folder: pathlib.Path, step: int) -> dict:
     """What `save` was told to keep beside a step."""
-    return json.loads((folder / str(step) / MANIFEST).read_text())["facts"]
+    return stored.read_json(folder / str(step) / MANIFEST)["facts"]
 
 
 def restore(folder: pathlib.Path, step: int, *, abstract_state: dict) -> dict:
@@ -205,7 +218,7 @@ def _restore(path: pathlib.Path, wanted: dict) -> dict:
 
 def _compare(path: pathlib.Path, wanted: dict) -> None:
     """UserError where a step has other arrays than are wanted; a change of dtype, which Orbax makes in silence, is said."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = stored.read_json(path / MANIFEST)
     if "arrays" not in manifest:  # from before there was a schema: Orbax compares shapes
         return
     saved = {name: array for name, array in manifest["arrays"].items() if name.split("/")[0] in wanted}

@@ -10,8 +10,8 @@ SIDES = ("query", "document")
 def card(reports: Sequence[dict], layout: Layout, *, tokenizer: str) -> dict:
     """Plain JSON: {"pairs", "tokenizer", "inputs": [...], "languages", "tokens": {side: {"mean", "histogram"}}}.
 
-    An input has {"name", "rows", "pairs", "kept", "left_out": {reason: count}, "examples", "digest"}: every row is in one of
-    those counts (a row with several documents is several pairs).
+    An input has {"name", "rows", "pairs", "kept", "left_out": {reason: count}, "examples", "answers", "digest"}: every row is
+    in one of those counts (a row with several documents is several pairs); "answers" counts negatives left out of pairs kept.
     """
     inputs = []
     for report, source, copies in zip(reports, layout.sources, layout.copies, strict=True):
@@ -19,7 +19,7 @@ def card(reports: Sequence[dict], layout: Layout, *, tokenizer: str) -> dict:
         kept = sum(count for _, count in source["languages"])
         inputs.append(
             {"name": report["name"], "rows": report["rows"], "pairs": report["pairs"], "kept": kept, "left_out": left_out,
-             "examples": report["examples"], "digest": report["digest"]}
+             "examples": report["examples"], "answers": report["answers"], "digest": report["digest"]}
         )  # fmt: skip
     languages: dict[str, int] = {}
     for source in layout.sources:
@@ -38,10 +38,11 @@ def table(card: dict) -> str:
     inputs, width = card["inputs"], max(len("all"), *(len(one["name"]) for one in card["inputs"]))
     width = min(width, 60)
     name = lambda text: ("..." + text[3 - width :] if len(text) > width else text).ljust(width)  # noqa: E731
-    lines = [name("input") + f"  {'rows':>13}  {'kept':>13}  left out"]
+    lines = [f"pairs: {card['pairs']}", name("input") + f"  {'rows':>13}  {'kept':>13}  left out"]
     for one in inputs:
         lines.append(f"{name(one['name'])}  {one['rows']:>13,}  {one['kept']:>13,}  {_reasons(one['left_out'])}")
         lines += [f"    {example}" for example in one["examples"]]
+        lines += [f"    {sentence}" for sentence in _answers(one)]
     if len(inputs) > 1:
         lines.append(f"{name('all')}  {sum(one['rows'] for one in inputs):>13,}  {card['pairs']:>13,}")
     langs = sorted(card["languages"].items(), key=lambda item: -item[1])
@@ -62,9 +63,14 @@ def markdown(card: dict) -> str:
     sides = [f"| {side} | {card['tokens'][side]['mean']:.1f} |" for side in SIDES]
     return "\n".join(
         [f"{card['pairs']:,} pairs.", "", "| input | rows | kept | left out |", "|---|---:|---:|---|", *rows, "",
+         *(f"{one['name'].rsplit('/', 1)[-1]}: {sentence}\n" for one in card["inputs"] for sentence in _answers(one)),
          "Languages: " + ", ".join(f"{lang or '(none)'} {count:,}" for lang, count in langs) + ".", "",
          "| side | tokens, mean |", "|---|---:|", *sides, ""]
     )  # fmt: skip
+
+
+def _answers(one: dict) -> list[str]:
+    return [f"{one['answers']:,} negatives were answers of their own row; they are left out."] if one["answers"] else []
 
 
 def _reasons(left_out: dict[str, int]) -> str:

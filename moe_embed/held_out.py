@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from moe_embed import significance
+from moe_embed import significance, stored
 from moe_embed.config import Config, UserError
 from moe_embed.data.sources import Pair, Source, Task
 
@@ -144,7 +144,7 @@ def remember(workdir: pathlib.Path, per_query: dict[str, float]) -> None:
 def conclude(workdir: pathlib.Path, per_query: dict[str, float]) -> str:
     """One sentence on before and after, with its interval, also written to the workdir. UserError if before is unknown."""
     try:
-        before = json.loads((workdir / FILE).read_text("utf-8"))["before"]
+        before = stored.read_json(workdir / FILE)["before"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{workdir / FILE} does not say what the held-out queries scored before training: {error!r}."

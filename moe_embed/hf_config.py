@@ -4,7 +4,6 @@ Strict: a key of the lists below that asks for what we do not compute, or that s
 is not ours, is named in a UserError. Keys that change no number (dropout, labels, dtypes of storage) are not looked at.
 """
 
-import math
 from collections.abc import Mapping
 
 from moe_embed import hf_layout
@@ -26,6 +25,7 @@ BERT_OPTIONAL = {
 }  # fmt: skip
 BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
               "max_position_embeddings", "type_vocab_size")  # fmt: skip
+MOST = 2**31  # of any number in it: no size is larger, and arithmetic on what is overflows
 READABLE = ("nomic_bert", "bert", "xlm-roberta", "moe_embed")
 # transformers' own `nomic_bert` would load these files without a murmur, its MLPs random.
 GUARD = "not transformers' own nomic_bert (gated, no biases, no experts): load this model with trust_remote_code=True"
@@ -63,9 +63,9 @@ def number(theirs: Mapping, key: str, faults: list[str], *, kind: type, file: st
     """Add a sentence to `faults` unless theirs[key] is a positive number of this kind."""
     value = theirs.get(key)
     allowed = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < MOST:
         what = "integer" if kind is int else "number"
-        faults.append(f"{file} has {key} = {value!r}; a positive {what} is needed.")
+        faults.append(f"{file} has {key} = {value!r:.40}; a positive {what} below 2**31 is needed.")
 
 
 def _nomic_config(encoder: Encoder, moe: Moe, kind: str, pad_id: int) -> dict:
@@ -254,5 +254,5 @@ def _check_heads(theirs: Mapping, dim: str, heads: str) -> None:
 def _row(theirs: Mapping, key: str, faults: list[str]) -> None:
     """As `number`, but 0 is one."""
     value = theirs.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
         faults.append(f"config.json has {key} = {value!r}; an integer from 0 on is needed.")

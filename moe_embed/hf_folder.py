@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from moe_embed import hf_config, hf_layout, tokenizer_json
+from moe_embed import hf_config, hf_layout, stored, tokenizer_json
 from moe_embed.config import Encoder, Moe, UserError
 from moe_embed.data import tokenizer as tokenizer_lib
 
@@ -217,6 +217,8 @@ def _check_sentence_files(folder: pathlib.Path) -> None:
                 f"{modules} has a {kind} after the encoder; only {', '.join(sorted(known))} are computed here."
             )
         pooling = place if kind == "Pooling" else pooling
+        if place and not (folder / place).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{modules} names {place!r:.60}, which is not in {folder}.")
     if found and "Pooling" not in dict(kinds_and_places):
         raise UserError(f"{modules} has no Pooling; only the mean over all tokens is computed here.")
     if (folder / pooling / "config.json").is_file():
@@ -276,10 +278,10 @@ def _rename(tensors: Mapping[str, np.ndarray], kind: str) -> tuple[dict[str, np.
 
 def _load_json(path: pathlib.Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return stored.read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}.") from error
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
 
 

@@ -120,6 +120,8 @@ def to_tensors(params: Mapping, *, encoder: Encoder, moe: Moe) -> dict[str, np.n
 
 def from_tensors(tensors: Mapping[str, np.ndarray], *, encoder: Encoder, moe: Moe, with_head: bool = False) -> dict:
     """Their flat tensors -> our nested params, float32; half precision is widened, which is exact."""
+    if encoder.num_layers > len(tensors):  # before a name is made for each
+        raise UserError(f"the config asks for {encoder.num_layers} layers; there are {len(tensors)} tensors.")
     sizes, expected = _sizes(encoder, moe), tensor_shapes(encoder, moe, with_head=with_head)
     _check({name: np.shape(tensor) for name, tensor in tensors.items()}, expected, kind="tensor")
     params: dict = {}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_embed import checkpoint, hf_folder, program, sharding
+from moe_embed import checkpoint, hf_folder, program, sharding, stored
 from moe_embed import config as config_lib
 from moe_embed.config import UserError
 from moe_embed.data import packing, tables
@@ -234,7 +234,7 @@ def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh, step: int | None)
 def read_description(root: pathlib.Path) -> Description:
     """What a workdir or a model folder was written with. UserError if its workdir.json cannot be read."""
     try:
-        description = json.loads((root / DESCRIPTION).read_text())
+        description = stored.read_json(root / DESCRIPTION)
         prompts = description["prompts"]
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
             raise ValueError(f"its prompts are {prompts!r}")

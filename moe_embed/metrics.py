@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl (a row a step), and a progress bar for whoever is watching."""
+"""What a run writes down: metrics.jsonl (a row a step), evaluations.jsonl, events.jsonl, and a progress bar for whoever is watching."""
 
 import json
 import os
@@ -37,9 +37,10 @@ class Writer:
     def __init__(self, workdir: pathlib.Path | None, *, first_step: int, last_step: int):
         self.path = workdir / "metrics.jsonl" if workdir else pathlib.Path(os.devnull)
         self.evaluations = workdir / "evaluations.jsonl" if workdir else pathlib.Path(os.devnull)
+        self.events = workdir / "events.jsonl" if workdir else pathlib.Path(os.devnull)  # of all tries: none is dropped
         keep(self.path, first_step - 1)
         keep(self.evaluations, first_step)
-        self._waiting = {self.path: "", self.evaluations: ""}  # what could not be written
+        self._waiting = {self.path: "", self.evaluations: "", self.events: ""}  # what could not be written
         self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout,
                               mininterval=0.5 if sys.stdout.isatty() else 15.0)  # fmt: skip
         self._shown: dict[str, str] = {}
@@ -60,6 +61,10 @@ class Writer:
         self._add(self.evaluations, {"step": step, **figures})
         self._show(figures)
         self.lap()
+
+    def event(self, step: int, name: str) -> None:
+        """Write down that something began before step `step`, and when, in seconds since 1970: "begin", "resume" or "save"."""
+        self._add(self.events, {"step": step, "event": name, "time": time.time()})
 
     def evaluated(self, step: int) -> bool:
         """Whether this step's held-out figures are written."""
@@ -126,14 +131,14 @@ def keep(path: pathlib.Path, last_step: int) -> None:
 
 def read(path: pathlib.Path) -> list[dict]:
     """The rows of a .jsonl file, none if there is no file; a last line cut short by a crash is left out."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and "step" in row and isinstance(row["step"], int):
             rows.append(row)
         elif number < len(lines):
             raise UserError(f"{path}:{number} is no row with a step; mend or remove the file.")

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import tqdm
 
-from moe_embed import retrieval, verb
+from moe_embed import retrieval, stored, verb
 from moe_embed.config import UserError
 from moe_embed.data import inputs, sources
 from moe_embed.data import pairs as pairs_lib
@@ -284,7 +284,7 @@ def _open_work(output: pathlib.Path, made_of: dict[str, str]) -> _Work:
         _write(path, {"made_of": made_of, "done": {}})
         return work
     try:
-        before = json.loads(path.read_text())
+        before = stored.read_json(path)
         before, done = before["made_of"], before["done"]
         other = [name for name in made_of if before[name] != made_of[name]]
     except (ValueError, KeyError, TypeError) as error:
@@ -314,7 +314,7 @@ def _fill(
             done += len(some[0])
             work.done[names[0]] = done
             progress = work.folder / "progress.json"
-            _write(progress, json.loads(progress.read_text()) | {"done": work.done})
+            _write(progress, stored.read_json(progress) | {"done": work.done})
             bar.update(len(some[0]))
     return [_open(path) for path in paths]
 
@@ -327,7 +327,15 @@ def _open(path: pathlib.Path, total: int = 0, part: np.ndarray | None = None, *,
             raise UserError(f"{path} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
         return np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=(total, *part.shape[1:]))
     try:
-        return np.load(path, mmap_mode="r" if part is None else "r+", allow_pickle=False)
+        array = stored.map_array(path)
+        if part is None:
+            return array
+        if array.dtype != part.dtype or array.shape != (
+            total,
+            *part.shape[1:],
+        ):  # opened to write, it would be made so long
+            raise ValueError(f"it is {array.dtype} {list(array.shape)}")
+        return stored.map_array(path, mode="r+")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete {path.parent} to start over.") from error
 

@@ -9,11 +9,10 @@ and published rows differ in more than the model: prompts, lengths, precision an
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from moe_embed import retrieval, verb
+from moe_embed import retrieval, stored, verb
 from moe_embed.config import UserError
 
 COLUMNS = {
@@ -119,7 +118,7 @@ def _read(path: pathlib.Path, *, key: str = "ndcg@10") -> dict | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = stored.read_json(path)
         fine = key in found if key == "mean" else found and all(key in values for values in found.values())
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}); launch/paper_table.sh makes it.") from error

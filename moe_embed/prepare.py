@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import tqdm
 
-from moe_embed import data_card, run_data, verb
+from moe_embed import data_card, run_data, stored, verb
 from moe_embed.config import UserError
 from moe_embed.data import inputs, loading, prepared, spool
 from moe_embed.data.hygiene import Rules
@@ -123,7 +123,7 @@ def _begin(output: pathlib.Path, order: dict) -> pathlib.Path | None:
     try:
         work.mkdir(parents=True, exist_ok=True)
         if (work / "order.json").exists():
-            if json.loads((work / "order.json").read_text()) != json.loads(json.dumps(order)):
+            if stored.read_json(work / "order.json") != json.loads(json.dumps(order)):
                 raise UserError(
                     f"{output} was begun from other inputs or with other options; delete it, or name another --output."
                 )
@@ -131,6 +131,8 @@ def _begin(output: pathlib.Path, order: dict) -> pathlib.Path | None:
             spool.write_json(work / "order.json", order)
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{work / 'order.json'} cannot be read ({error}); delete {output} to start over.") from error
     return work
 
 

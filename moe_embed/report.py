@@ -1,27 +1,32 @@
-"""A run at a glance, in the terminal: the loss, the held-out figures, and which experts read which language.
+"""A run at a glance: in the terminal, or as one HTML file that needs nothing else.
 
     python -m moe_embed.report --workdir=runs/demo
+    python -m moe_embed.report --workdir=runs/demo --output=report.html
+    python -m moe_embed.report --workdir=runs/a,runs/b --output=report.html --evaluation=a.json,b.json --plan=plan.json
     python -m moe_embed.report --workdir=runs/ablations/top1-seed0,runs/ablations/top1-seed1,runs/ablations/top2-seed0
 
-Several runs become a table of their last dev figures, runs that differ in -seedN alone in one row.
+In the terminal: the loss, the held-out figures, and which experts read which language; several runs become a table of their last
+dev figures, runs that differ in -seedN alone in one row. The page has curves, experts over time and by language and source, how
+the vectors lie, nDCG@10 by dimension and precision (--evaluation: outputs of evaluate, in the runs' order), a matrix of
+translations and a plan's memory; several runs are laid over each other. It is drawn with what is there, and says what is not.
 """
 
 import argparse
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed import metrics, verb
-from moe_embed.config import Config, UserError
-from moe_embed.data import inputs, sources
-from moe_embed.load import DESCRIPTION, Model, load, read_description
+from moe_embed import expert_maps, metrics, model_sections, page, report_sections, retrieval_section, run_texts, verb
+from moe_embed.config import UserError
+from moe_embed.load import Model, load
+from moe_embed.retrieval import read_results
 
 BARS = "▁▂▃▄▅▆▇█"
 SHADES = ((-0.25, "    "), (0.0, "  · "), (0.25, "  ░ "), (0.5, "  ▒ "), (1.0, "  ▓ "), (np.inf, "  █ "))
-TEXTS = 200  # documents of a language that are read for the picture
 WIDTH = 60
+PLAN = "plan.json"  # of a workdir
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,22 +34,66 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m moe_embed.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, help="what train wrote; several, separated by commas, are compared")
-    workdirs = [pathlib.Path(part) for part in parser.parse_args(argv).workdir.split(",") if part]
+    parser.add_argument("--output", type=pathlib.Path, help="an HTML file to write, instead of text")
+    parser.add_argument(
+        "--evaluation", default="", help="for the page: evaluate's output, one a run, separated by commas"
+    )
+    parser.add_argument(
+        "--plan", type=pathlib.Path, help=f"for the page: plan's output (default: WORKDIR/{PLAN} if there)"
+    )
+    arguments = parser.parse_args(argv)
+    workdirs = [pathlib.Path(part) for part in arguments.workdir.split(",") if part]
+    if arguments.output is not None:
+        evaluations = [pathlib.Path(part) for part in arguments.evaluation.split(",") if part]
+        write_page(arguments.output, workdirs, evaluations=evaluations, plan=arguments.plan)
+        return
+    if arguments.evaluation or arguments.plan:
+        raise UserError("--evaluation and --plan are drawn in the page: name it with --output=report.html.")
     if len(workdirs) != 1:
         print(comparison(workdirs))
         return
-    workdir = workdirs[0]
-    if not (workdir / DESCRIPTION).is_file():
-        raise UserError(f"{workdir} is no workdir: it has no {DESCRIPTION}; train writes one.")
-    config = read_description(workdir).config
-    if config is None:
-        raise UserError(
-            f"{workdir} is a model folder (import_hf, upcycle, soup), not a run: there is nothing to report."
-        )
-    print(training(workdir))
-    texts = texts_by_language(config)
-    if config.moe.num_experts and texts:
-        print(experts(load(workdir), texts))
+    (run,) = report_sections.read_runs(workdirs)
+    print(training(run.workdir))
+    texts = run_texts.read(run.config).languages if run.config.moe.num_experts else {}
+    if texts:
+        print(experts(load(run.workdir), texts))
+
+
+def write_page(
+    output: pathlib.Path,
+    workdirs: Sequence[pathlib.Path],
+    *,
+    evaluations: Sequence[pathlib.Path] = (),
+    plan: pathlib.Path | None = None,
+) -> None:
+    """Write the HTML report of these runs. UserError, before any work, for what is no workdir, evaluation or plan."""
+    verb.check_output(output, "--output")
+    if not workdirs:
+        raise UserError("--workdir names no run.")
+    runs = report_sections.read_runs(workdirs)
+    if evaluations and len(evaluations) != len(runs):
+        raise UserError(f"--evaluation names {len(evaluations)} files and --workdir {len(runs)} runs; give one a run.")
+    results = [next(iter(read_results(path, "--evaluation").values())) for path in evaluations]
+    there = [run.workdir / PLAN for run in runs if (run.workdir / PLAN).is_file()]
+    plan = there[0] if plan is None and there else plan
+    planned = report_sections.read_plan(plan) if plan else None
+    asked = [model_sections.ask(run) for run in runs]
+    written = page.document(
+        title=" and ".join(run.name for run in runs),
+        lead="A report of moe_embed. Every picture's numbers are in the CSV link below it.",
+        sections={
+            "glance": ("At a glance", report_sections.glance(runs)),
+            "training": ("Training", report_sections.training(runs)),
+            "routers": ("Experts over time", report_sections.routers(runs)),
+            "maps": ("Experts by language and source", model_sections.maps(asked)),
+            "vectors": ("How the vectors lie", model_sections.shape_of_vectors(asked)),
+            "quality": ("Retrieval", retrieval_section.quality(runs, results)),
+            "translations": ("Translations", model_sections.translations(asked)),
+            "memory": ("Memory", report_sections.memory(planned)),
+        },
+    )
+    output.write_text(written, "utf-8")
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; open it in a browser.")
 
 
 def comparison(workdirs: Sequence[pathlib.Path]) -> str:
@@ -93,44 +142,16 @@ def sparkline(values: np.ndarray) -> str:
     return "".join(BARS[int(7 * (mean - means.min()) / span) if span else 0] for mean in means)
 
 
-def texts_by_language(config: Config) -> dict[str, list[str]]:
-    """The first documents, or texts, of each language in the run's monolingual data (`lang` without a "-")."""
-    texts: dict[str, list[str]] = {}
-    for path in [path for name in config.data.sources for path in inputs.find(name)]:
-        for lang, text in _said(path, config):
-            if lang and "-" not in lang and len(texts.setdefault(lang, [])) < TEXTS:
-                texts[lang].append(text)
-    return dict(sorted(texts.items()))
-
-
-def _said(path: str, config: Config) -> Iterator[tuple[str, str]]:
-    """(language, document or text) of a source; of each language at least the first TEXTS."""
-    bad = config.data.max_bad_fraction
-    if config.loss.objective == "mlm":
-        for texts in sources.read_text_sources(path, column=config.data.document, max_bad_fraction=bad):
-            yield from zip(texts.langs, texts.texts, strict=True)
-        return
-    for source in sources.read_sources(
-        path, query=config.data.query, document=config.data.document, max_bad_fraction=bad
-    ):
-        for lang, places in source.by_language().items():
-            yield from ((lang, pair.document) for pair in source.take(places[np.arange(min(len(places), TEXTS))]))
-
-
 def experts(model: Model, texts: dict[str, list[str]]) -> str:
     """Expert x language: how much more often than on average an expert is chosen for a language's tokens.
 
     A picture a mixture layer, and the mutual information of expert and language over the entropy of the experts.
     """
-    chosen = {lang: model.encode_with_sums(some, model.prompt("document"))[1]
-              for lang, some in texts.items()}  # fmt: skip
-    languages = list(texts)
-    share = np.stack([chosen[lang] / chosen[lang].sum(-1, keepdims=True) for lang in languages])  # language, R, E
+    languages, share = list(texts), expert_maps.shares(model, texts)
     lines = []
     for r in range(share.shape[1]):
         mean_E = share[:, r].mean(0)
-        ratio = np.log2(np.maximum(share[:, r], 1e-6) / np.maximum(mean_E, 1e-6))
-        information = (share[:, r] * ratio).sum(1).mean() / -(mean_E * np.log2(np.maximum(mean_E, 1e-9))).sum()
+        ratio, information = expert_maps.against_mean(share[:, r])
         lines.append(f"\nmixture layer {r + 1}: expert x language (normalised mutual information {information:.2f})")
         lines.append("      " + "".join(f"{lang:>4}" for lang in languages) + "   share of all")
         for e in range(share.shape[2]):

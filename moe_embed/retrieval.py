@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -13,7 +12,7 @@ import pytrec_eval
 import tqdm
 
 from moe_embed import config as config_lib
-from moe_embed import sharding
+from moe_embed import sharding, stored
 from moe_embed.config import UserError
 from moe_embed.data.corpus import Corpus
 from moe_embed.data.sources import Task
@@ -200,7 +199,7 @@ def mean_of(figures: dict[str, dict], names: Sequence[str], metric: str) -> floa
 def read_results(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
     """What an earlier run wrote, by system: {"moe_embed": {task: {...}}[, "bm25": ...]}."""
     try:
-        results = json.loads(path.read_text("utf-8"))
+        results = stored.read_json(path)
         first = next(iter(next(iter(results.values())).values()))
         results = results if isinstance(first, dict) and "ndcg@10" in first else {"moe_embed": results}
         if not all("ndcg@10" in values for tasks in results.values() for values in tasks.values()):

@@ -5,7 +5,8 @@
     python -m moe_embed.train --config=configs/nomic_v2/finetune.py:tiny --init_from=MODEL --workdir=runs/finetuned
 
 The workdir describes itself: workdir.json (config, prompts, versions), tokenizer.model, metrics.jsonl, evaluations.jsonl,
-checkpoints/<step>, skipped.jsonl (steps that were not finite). MLM, pretraining and finetuning are this one loop with another config.
+events.jsonl (when it began, resumed and saved), checkpoints/<step>, skipped.jsonl (steps that were not finite).
+MLM, pretraining and finetuning are this one loop with another config.
 
 Exit status: 0 done; 2 a fault of the user's; 75 preempted (SIGTERM: it has saved) and 76 another process is gone or stuck, or
 this one (config.run.watchdog): run the same command again.
@@ -172,6 +173,7 @@ def train(
         preemption.heard() as told_to_stop,
         watchdog.Watchdog(config.run.watchdog) as watching,
     ):
+        writer.event(first, "resume" if first else "begin")
         measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
         search = lambda: per_query(model_of(prog, state, tokenizer, prompts), held)  # noqa: E731
         if held and first == 0:
@@ -218,6 +220,7 @@ def train(
                 watching.beat(done)
             if owed and (finite or last or stop):  # else the parameters may be what is wrong: the next step tells
                 owed = False
+                writer.event(done, "save")
                 (saver.save_now if last or stop else saver.save)(state)
                 writer.lap()
             watching.beat(done)

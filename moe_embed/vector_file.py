@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import tqdm
 
+from moe_embed import stored
 from moe_embed.config import UserError
 from moe_embed.load import Model
 
@@ -91,8 +92,8 @@ def cached(model: Model, folder: pathlib.Path, texts: Texts, *, task: str | None
     if not path.is_file():
         write(model, path, texts, task=task, progress=progress)
     try:
-        x_ND = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        x_ND = stored.map_array(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it to make it again.") from error
     if x_ND.shape != (texts.count, model.encoder.dim) or x_ND.dtype != np.float32:
         raise UserError(f"{path} is {x_ND.dtype} {list(x_ND.shape)}, not what was written; delete it to make it again.")
@@ -125,9 +126,11 @@ def _rows_done(partial: pathlib.Path, record: pathlib.Path, names: dict) -> int:
     if not record.is_file():
         return 0
     try:
-        before = json.loads(record.read_text())
+        before = stored.read_json(record)
         rows, made_of = int(before["rows"]), before["made_of"]
         other = [name for name in names if made_of[name] != names[name]]
+        if rows < 0:
+            raise ValueError(f"it counts {rows} rows")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record} cannot be read ({error}); delete it to start over.") from error
     if other and rows:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_embed import config as config_lib
-from moe_embed import held_out, hf_config, hf_folder, hf_layout, metrics, run_data, significance, verb
+from moe_embed import held_out, hf_config, hf_folder, hf_layout, metrics, run_data, significance, stored, verb
 from moe_embed.config import Config, Moe, UserError
 from moe_embed.load import DESCRIPTION, read_description
 
@@ -180,7 +180,7 @@ def conclude(workdir: pathlib.Path) -> str:
 def held_out_of(root: pathlib.Path) -> dict[str, dict[str, float]]:
     """held_out.json of a finished run, which has "before" and "after". UserError if the run was stopped before the latter."""
     try:
-        measured = json.loads((root / held_out.FILE).read_text("utf-8"))
+        measured = stored.read_json(root / held_out.FILE)
         return {when: measured[when] for when in ("before", "after")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -204,7 +204,7 @@ def part(name: str, *arguments: str) -> None:
 def read(workdir: pathlib.Path) -> dict:
     """What is known so far. UserError if the file is damaged."""
     try:
-        state = json.loads((workdir / FILE).read_text("utf-8"))
+        state = stored.read_json(workdir / FILE)
         return {name: state[name] for name in ("asked", "init_from", "seconds")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir / FILE} cannot be read ({error!r}); remove {workdir} and begin again.") from error

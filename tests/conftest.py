@@ -8,6 +8,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from tests import browser
+
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Threads of XLA's CPU client. A device that waits in a collective holds one; with as many as cores, eight virtual
     # devices can all be waiting for a ninth thing to run.
@@ -19,6 +21,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "sentence_transformers"))
 HAS_SERVER = all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn"))
+HAS_BROWSER = browser.find() is not None
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 collect_ignore = [name for name, there in (("parity", HAS_TORCH), ("aot", HAS_LIBTPU)) if not there]
 
@@ -52,6 +55,10 @@ def pytest_collection_modifyitems(config, items):
             '-m deploy opens exports in sentence-transformers, transformers and ONNX Runtime: pip install -e ".[deploy]" '
             "(on Python 3.11 without a GPU, torch==2.13.0 first).",
         ),
+        "report": (
+            lambda: HAS_BROWSER,
+            "-m report opens reports in a browser, and there is none: put chromium on PATH, or name one, CHROME=/path/to/chromium.",
+        ),
         "notebooks": (
             lambda: all(map(importlib.util.find_spec, ("nbclient", "ipykernel"))),
             '-m notebooks executes colab/ by nbclient: pip install -e ".[notebooks]".',
@@ -79,7 +86,7 @@ def _has_gpu() -> bool:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Without the [torch], the [tpu] or the [serve] extra the last lines of a run say what that costs."""
+    """Without the [torch], the [tpu] or the [serve] extra, or a browser, the last lines of a run say what that costs."""
     if not HAS_LIBTPU:
         terminalreporter.write_line("NOT RUN: tests/aot, because libtpu is absent (the tpu extra)")
     if not HAS_TORCH:
@@ -88,6 +95,8 @@ def pytest_terminal_summary(terminalreporter):
         )
     if not HAS_SERVER:
         terminalreporter.write_line("NOT RUN: -m serve, because starlette or uvicorn is absent (the serve extra)")
+    if not HAS_BROWSER:
+        terminalreporter.write_line("NOT RUN: -m report, because no browser is on PATH or named by CHROME")
 
 
 @pytest.fixture

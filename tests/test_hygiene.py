@@ -14,6 +14,8 @@ from moe_embed.data.pairs import Pair
         (Pair("q", "d", lang="de"), Rules(), ""),
         (Pair("q", "d", lang="de"), Rules(languages=("en",)), "other language"),
         (Pair("q", "d", lang="de"), Rules(languages=("en", "de")), ""),
+        (Pair("q ", "q"), Rules(), "query is the document"),
+        (Pair("q", "q?"), Rules(), ""),
         (Pair("qq", "d"), Rules(min_characters=2), "too short"),
         (Pair("qq", "ddd"), Rules(max_characters=2), "too long"),
         (Pair("a", "{}[]();= x"), Rules(max_symbols=0.5), "symbols"),
@@ -61,3 +63,15 @@ def test_a_pair_is_both_of_its_texts():
     assert same == hygiene.key(Pair("a", "b", ("n",), "de", "7"))
     assert same != hygiene.key(Pair("b", "a"))
     assert hygiene.key(Pair("ab", "c")) != hygiene.key(Pair("a", "bc"))
+
+
+def test_an_answer_is_no_negative_of_its_own_row():
+    both = [Pair("q", text, ("x", "e", "y"), scores=(score, 0.5, 0.6, 0.7)) for text, score in (("d", 2.0), ("e", 3.0))]
+    found, count = hygiene.without_answers(both)
+    assert count == 1
+    assert [(pair.negatives, pair.scores) for pair in found] == [
+        (("x", "y"), (2.0, 0.5, 0.7)),
+        (("x", "y"), (3.0, 0.5, 0.7)),
+    ]
+    assert hygiene.without_answers(found) == (found, 0)
+    assert hygiene.without_answers([Pair("q", "d", ("d", "d"))]) == ([Pair("q", "d")], 2)

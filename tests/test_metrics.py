@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,19 @@ def test_a_resume_drops_the_evaluations_it_repeats(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["ndcg"] == pytest.approx(4.6)
+
+
+def test_events_of_all_tries_are_kept(tmp_path):
+    for first, name in ((0, "begin"), (4, "resume")):
+        writer = metrics.Writer(tmp_path, first_step=first, last_step=8)
+        writer.event(first, name)
+        writer.event(first + 4, "save")
+        writer.__exit__()
+    rows = metrics.read(tmp_path / "events.jsonl")
+    assert [(row["step"], row["event"]) for row in rows] == [(0, "begin"), (4, "save"), (4, "resume"), (8, "save")]
+    times = [row["time"] for row in rows]
+    assert times == sorted(times)
+    assert abs(times[0] - time.time()) < 60
 
 
 def test_a_last_line_cut_short_is_left_out(tmp_path):

@@ -163,3 +163,21 @@ def test_decontaminated(tmp_path, capsys):
     assert "in a benchmark 1" in capsys.readouterr().out
     (kept,) = sources.read_sources(str(tmp_path / "out"))[0].pairs
     assert kept.query == "something else"
+
+
+def test_a_query_as_its_document_and_an_answer_among_the_negatives_are_counted(tmp_path, capsys):
+    rows = [
+        {"query": "a", "document": "a"},
+        {"query": "b", "document": "c", "negatives": ["c", "d"]},
+        {"query": "e", "documents": ["f", "g"], "negatives": ["g"], "scores": [3, 2, 1]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out")
+    said = capsys.readouterr().out
+    assert "query is the document 1" in said
+    assert "2 negatives were answers of their own row; they are left out." in said
+    (source,) = sources.read_sources(str(tmp_path / "out"))
+    assert sorted((p.query, p.document, p.negatives, p.scores) for p in source.pairs) == [
+        ("b", "c", ("d",), ()), ("e", "f", (), (3.0,)), ("e", "g", (), (2.0,)),
+    ]  # fmt: skip
+    assert "2 negatives were" in (tmp_path / "out" / "DATA.md").read_text()

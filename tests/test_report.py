@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import types
 
 import jax
@@ -14,6 +15,8 @@ from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model
 from moe_embed.model import encoder as encoder_lib
+from tests import written_runs
+from tests.test_page import Read, read_link
 
 SAMPLE = pathlib.Path(report.__file__).parent / "sample"
 
@@ -76,23 +79,6 @@ def test_experts_of_a_tiny_model():
     assert report.experts(Model(encoder, moe, other, tokenizer, model.prompts, mesh, "a test"), texts) != picture
 
 
-def test_texts_by_language(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "TEXTS", 2)
-    rows = [("ru", "r"), ("de", "a"), ("de-en", "x"), ("de", "b"), ("", "y"), ("de", "c")]
-    path = tmp_path / "p.jsonl"
-    path.write_text("".join(json.dumps({"q": "q", "d": text, "lang": lang}) + "\n" for lang, text in rows))
-    loss, data = (
-        types.SimpleNamespace(objective="contrastive"),
-        {"sources": (str(path),), "query": "q", "document": "d", "max_bad_fraction": 0.0},
-    )
-    config = types.SimpleNamespace(data=types.SimpleNamespace(**data), loss=loss)
-    texts = report.texts_by_language(config)
-    assert list(texts.items()) == [("de", ["a", "b"]), ("ru", ["r"])]
-    path.write_text('{"text": "a", "lang": "de"}\n')  # what masked language modelling reads
-    loss.objective = "mlm"
-    assert report.texts_by_language(config) == {"de": ["a"]}
-
-
 def test_a_folder_that_is_no_workdir(tmp_path):
     with pytest.raises(UserError, match=r"is no workdir: it has no workdir\.json"):
         report.main([f"--workdir={tmp_path}"])
@@ -110,3 +96,100 @@ def test_several_runs_become_a_table_by_group(tmp_path):
     (tmp_path / "c").mkdir()
     with pytest.raises(UserError, match="has no evaluations"):
         report.comparison([tmp_path / "c", tmp_path / "a-seed0"])
+
+
+SECTIONS = ("glance", "training", "routers", "maps", "vectors", "quality", "translations", "memory")
+
+
+def page_of(tmp_path, runs, *more):
+    """The page of two written runs, one with experts and one without, and its parser."""
+    for seed, (name, experts) in enumerate(runs.items()):
+        written_runs.write(tmp_path / name, seed=seed, experts=experts)
+    report.main(
+        [f"--workdir={','.join(str(tmp_path / name) for name in runs)}", f"--output={tmp_path / 'r.html'}", *more]
+    )
+    text = (tmp_path / "r.html").read_text("utf-8")
+    return text, Read(text)
+
+
+def check(text: str, read: Read) -> None:
+    """Nothing from elsewhere, and no number that is none."""
+    assert "http" not in text
+    assert not [
+        a for _, a, _ in read.elements if "src" in a or ("href" in a and not a["href"].startswith(("#", "data:")))
+    ]
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttp", text)
+    for tag, attributes, _ in read.elements:
+        if tag in ("path", "polyline", "rect", "circle", "line", "text", "svg"):
+            assert not re.search(
+                r"nan|inf", " ".join(v for k, v in attributes.items() if k not in ("class", "aria-label"))
+            ), attributes
+        if "download" in attributes:
+            table = read_link(attributes["href"])
+            assert len(table) > 1
+            assert all(np.isfinite(float(x)) for row in table[1:] for x in row[1:] if x)
+
+
+def test_the_page_has_every_section_drawn(tmp_path, capsys):
+    written_runs.evaluation(tmp_path / "r.json")
+    written_runs.plan(tmp_path / "plan.json")
+    files = [f"--evaluation={tmp_path / 'r.json'},{tmp_path / 'r.json'}", f"--plan={tmp_path / 'plan.json'}"]
+    text, read = page_of(tmp_path, {"one": 4, "two & <b>": 4}, *files)
+    check(text, read)
+    assert re.match(r"wrote .*r\.html, 0\.\d\d MB", capsys.readouterr().out)
+    drawn = {name: sum(tag == "svg" and inside == [name] for tag, _, inside in read.elements) for name in SECTIONS}
+    assert drawn == {
+        "glance": 0,
+        "training": 6,
+        "routers": 6,
+        "maps": 8,
+        "vectors": 2,
+        "quality": 3,
+        "translations": 2,
+        "memory": 1,
+    }
+    assert "missing" not in [attributes["class"] for _, attributes, _ in read.elements if "class" in attributes]
+    assert "two & <b>" in read.text["glance"]
+
+
+def test_the_page_says_what_is_not_there(tmp_path):
+    text, read = page_of(tmp_path, {"plain": 0})
+    check(text, read)
+    drawn = {name: sum(tag == "svg" and inside == [name] for tag, _, inside in read.elements) for name in SECTIONS}
+    assert drawn == {
+        "glance": 0,
+        "training": 6,
+        "routers": 0,
+        "maps": 0,
+        "vectors": 2,
+        "quality": 1,
+        "translations": 1,
+        "memory": 0,
+    }
+    said = {
+        inside[0]
+        for _, attributes, inside in read.elements
+        if "class" in attributes and attributes["class"] == "missing"
+    }
+    assert said == {"routers", "maps", "quality", "memory"}
+    written_runs.plan(tmp_path / "plain/plan.json")
+    report.main([f"--workdir={tmp_path / 'plain'}", f"--output={tmp_path / 'r.html'}"])
+    assert "fits: 7.5 of 14.9 GiB" in (tmp_path / "r.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--evaluation=r.json"], r"drawn in the page: name it with --output"),
+        (["--output=gone/r.html"], r"--output=gone/r\.html cannot be written"),
+        (["--output=r.html", "--evaluation=a,b"], r"names 2 files and --workdir 1 runs; give one a run"),
+        (["--output=r.html", "--evaluation=a"], r"--evaluation=a is no output of evaluate"),
+        (["--output=r.html", "--plan=a"], r"a is no output of plan"),
+    ],
+)
+def test_bad_flags_are_a_sentence(tmp_path, monkeypatch, flags, sentence):
+    written_runs.write(tmp_path / "run", steps=2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        report.main(["--workdir=run", *flags])
+    assert not (tmp_path / "r.html").exists()

@@ -41,6 +41,8 @@ def test_the_workdir_describes_itself(whole, config):
     assert {"accuracy", "tokens_per_second", "router_load/0/7", "useful"} <= set(rows[0])
     assert sum(rows[3][f"router_load/0/{e}"] for e in range(8)) == pytest.approx(8, rel=1e-5)
     assert checkpoint.steps(whole / "checkpoints") == [4, 8]
+    events = [(row["step"], row["event"]) for row in metrics.read(whole / "events.jsonl")]
+    assert events == [(0, "begin"), (4, "save"), (8, "save")]
     description = json.loads((whole / "workdir.json").read_text())
     assert config_lib.from_dict(description["config"]) == config
     assert description["prompts"]["query"] == "search_query: "
@@ -75,6 +77,8 @@ def test_an_interrupted_run_continues_to_the_same_weights(whole, config, tmp_pat
     said = capsys.readouterr().out
     assert "checkpoint 8 is passed over" in said
     assert "continuing" in said
+    events = [(row["step"], row["event"]) for row in metrics.read(workdir / "events.jsonl")]
+    assert events == [(0, "begin"), (4, "save"), (8, "save"), (4, "resume"), (8, "save")]
     a, b = load(whole).params, load(workdir).params
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
     losses = [[row["loss"] for row in metrics.read(w / "metrics.jsonl")] for w in (whole, workdir)]

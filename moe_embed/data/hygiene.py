@@ -32,6 +32,8 @@ def fault(pair: Pair, rules: Rules, benchmark: frozenset[int] = frozenset()) -> 
     if rules.languages and pair.lang not in rules.languages:
         return "other language"
     texts = (pair.query, pair.document)
+    if pair.query.strip() == pair.document.strip():
+        return "query is the document"
     if min(map(len, texts)) < rules.min_characters:
         return "too short"
     if max(map(len, texts)) > rules.max_characters:
@@ -41,6 +43,22 @@ def fault(pair: Pair, rules: Rules, benchmark: frozenset[int] = frozenset()) -> 
     if benchmark and any(not benchmark.isdisjoint(ngrams(text, rules.ngram)) for text in texts):
         return "in a benchmark"
     return ""
+
+
+def without_answers(pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
+    """The pairs of one row without those of its negatives that are one of its documents; and how many negatives those are.
+
+    A negative's score goes with it.
+    """
+    answers = {pair.document for pair in pairs}
+    found = [i for i, text in enumerate(pairs[0].negatives) if text in answers]
+    if not found:
+        return list(pairs), 0
+    rest = lambda values: tuple(value for i, value in enumerate(values) if i not in found)  # noqa: E731
+    return [
+        dataclasses.replace(pair, negatives=rest(pair.negatives), scores=pair.scores[:1] + rest(pair.scores[1:]))
+        for pair in pairs
+    ], len(found)
 
 
 def symbols(text: str) -> float:

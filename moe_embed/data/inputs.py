@@ -3,13 +3,13 @@
 import functools
 import glob
 import importlib.util
-import json
 import pathlib
 import zlib
 from collections.abc import Iterator
 
 from etils import epath
 
+from moe_embed import stored
 from moe_embed.config import UserError
 from moe_embed.data import tables
 from moe_embed.data.tables import BadRow
@@ -130,7 +130,7 @@ def _expected(name: str) -> int | None:
     if not counts.is_file():
         return None
     try:
-        said = json.loads(counts.read_text())
+        said = stored.read_json(counts)
         said = said["count_per_file"] if "count_per_file" in said else said
         return next((int(count) for file, count in said.items() if file.rpartition("/")[2] == path.name), None)
     except (ValueError, TypeError, AttributeError) as error:

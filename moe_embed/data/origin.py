@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 
+from moe_embed import stored
 from moe_embed.config import UserError
 
 NAME = "task.json"
@@ -43,7 +44,7 @@ def of_folder(root: pathlib.Path) -> Origin:
     if not path.is_file():
         return plain
     try:
-        said = json.loads(path.read_text("utf-8"))
+        said = stored.read_json(path)
         said |= {"languages": tuple(said["languages"])} if "languages" in said else {}
         origin = dataclasses.replace(plain, **said)
     except (OSError, ValueError, TypeError) as error:

@@ -42,7 +42,7 @@ def read_rows(path: str, *, query: str = "query", document: str = "document") ->
     """The rows of a file of pairs in order. BadRow, a UserError, at the first that is none."""
     lines = itertools.repeat("")
     if tables.kind(path) == ".jsonl":
-        lines = (line for line in tables.decode(path, tables.read_bytes(path)).split("\n") if line.strip())
+        lines = (line.decode("utf-8-sig").removesuffix("\n") for line in tables.read_lines(path) if line.strip())
     make = functools.partial(of_row, query=query, document=document)
     rows, again = itertools.tee(tables.rows(path))
     for pairs, (_, columns) in zip(Tally(path).good_of(rows, make), again, strict=False):  # its checks come at the end

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
+from google.protobuf import message
 
+from moe_embed import stored
 from moe_embed.config import UserError
 from moe_embed.data.mixture import Places
 from moe_embed.data.pairs import Pair
@@ -138,21 +140,34 @@ class Records(Sequence[Pair]):
     def take(self, places: np.ndarray) -> list[Pair]:
         """The pairs at these places of the source, each with its place as `row`."""
         records = self.shards.read(np.asarray(places, np.int64) + self.first)
-        return [from_bytes(record, row=int(place)) for record, place in zip(records, places, strict=True)]
+        pairs, place = [], -1
+        try:
+            for record, place in zip(records, places, strict=True):
+                pairs.append(from_bytes(record, row=int(place)))
+        except (ValueError, IndexError, message.DecodeError) as error:
+            raise UserError(
+                f"{self.shards.root}: record {self.first + place} is no pair that prepare wrote ({error!r:.100})."
+            ) from error
+        return pairs
 
 
 def read_manifest(root: pathlib.Path) -> dict:
     """The manifest of a prepared data set. UserError if it is none, or was changed, or a shard is missing or cut short."""
     path = root / MANIFEST
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        said = manifest.pop("digest")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        manifest = stored.read_json(path)
+        said, form = manifest.pop("digest"), manifest["format"]
+        changed = said != digest_of(manifest)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{root} is no prepared data set: {path} cannot be read ({error!r}).") from error
-    if said != digest_of(manifest):
+    if changed:
         raise UserError(f"{path} was changed after it was written (digest mismatch); prepare the data again.")
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} has the format {manifest['format']}; this version reads {FORMAT}. Prepare it again.")
+    if form != FORMAT:
+        raise UserError(f"{path} has the format {form!r:.20}; this version reads {FORMAT}. Prepare it again.")
+    try:
+        _check(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no manifest that prepare wrote: {error!r:.200}.") from error
     for shard in manifest["shards"]:
         file = root / shard["file"]
         size = file.stat().st_size if file.is_file() else None
@@ -160,6 +175,30 @@ def read_manifest(root: pathlib.Path) -> dict:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(f"{file} {found}; {MANIFEST} says {shard['bytes']}. Copy or prepare it again.")
     return manifest
+
+
+def _check(manifest: dict) -> None:
+    """Something is raised unless its parts fit: a digest can be right in what somebody else made up."""
+    records = 0
+    for shard in manifest["shards"]:
+        stored.name_within(shard["file"])
+        if not isinstance(shard["sha256"], str) or not all(_is_count(shard[key]) for key in ("records", "bytes")):
+            raise ValueError(f"a shard is {shard!r}")
+        records += shard["records"]
+    for source in manifest["sources"]:
+        if not isinstance(source["name"], str) or not all(
+            isinstance(lang, str) and _is_count(count) for lang, count in source["languages"]
+        ):
+            raise ValueError(f"a source is {source!r}")
+        records -= sum(count for _, count in source["languages"])
+    if records or not manifest["shards"] or not manifest["sources"]:
+        raise ValueError(f"its shards hold {records} records more than its sources")
+    if not isinstance(manifest["card"], dict):
+        raise ValueError("it has no card")
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
 
 
 def write_manifest(root: pathlib.Path, manifest: dict) -> None:

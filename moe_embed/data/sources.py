@@ -8,9 +8,11 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
+from moe_embed import stored
 from moe_embed.config import UserError
 from moe_embed.data import corpus as corpus_lib
 from moe_embed.data import inputs, mixture, prepared, tables
@@ -186,9 +188,11 @@ def read_corpus(path: str | pathlib.Path) -> dict[str, str]:
     return corpus
 
 
-def read_texts(path: str, *, stream: Iterable[bytes] | None = None) -> Iterator[str]:
+def read_texts(path: str, *, stream: BinaryIO | None = None) -> Iterator[str]:
     """The "text" of each line of a JSONL file (or of `stream`) as it comes; UserError names the line that has none."""
-    for where, row in tables.json_rows(path, tables.read_lines(path) if stream is None else stream, every_line=True):
+    for where, row in tables.json_rows(
+        path, tables.read_lines(path) if stream is None else tables.lines(path, stream), every_line=True
+    ):
         if not isinstance(row, dict) or not is_text(row.get("text")):
             raise UserError(f'{where} has no text; each line is {{"text": "..."}} with something in it.')
         yield row["text"]
@@ -196,11 +200,9 @@ def read_texts(path: str, *, stream: Iterable[bytes] | None = None) -> Iterator[
 
 def _read_vectors(path: str, num_rows: int) -> np.ndarray:
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        vectors = stored.map_array(pathlib.Path(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"the teacher's vectors {path} cannot be read: {error}.") from error
-    if not isinstance(vectors, np.ndarray):
-        raise UserError(f"the teacher's vectors {path} cannot be read: it is an archive of arrays.")
     if vectors.ndim != 2 or vectors.shape[0] != num_rows or vectors.dtype.kind != "f":
         raise UserError(f"{path} is {vectors.dtype} {list(vectors.shape)}; it must be floats, [{num_rows} pairs, dim].")
     return vectors

@@ -80,9 +80,9 @@ def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     tally = Tally(name, max_bad_fraction=settings.max_bad_fraction)
-    langs, dropped, seen = {}, {}, 0
+    langs, dropped, seen, answers = {}, {}, 0, []
     with open(folder / "records", "wb") as records, open(folder / "facts", "wb") as facts:
-        for pairs in _chunks(_pairs(name, tally, settings)):
+        for pairs in _chunks(_pairs(name, tally, settings, answers)):
             kept = []
             for pair in pairs:
                 seen += 1
@@ -104,11 +104,15 @@ def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
             os.fsync(file.fileno())
     report = {"name": name, "rows": tally.good + tally.bad.total(), "pairs": seen, "bad": dict(tally.bad)}
     report |= {"examples": tally.first, "dropped": dropped, "langs": list(langs), "digest": inputs.digest(name)}
+    report["answers"] = sum(answers)
     write_json(folder / "report.json", report)
 
 
-def _pairs(name: str, tally: Tally, settings: Settings) -> Iterator[Pair]:
-    """The good pairs of an input, in order; of a BEIR folder the queries with their relevant documents."""
+def _pairs(name: str, tally: Tally, settings: Settings, answers: list[int]) -> Iterator[Pair]:
+    """The good pairs of an input, in order; of a BEIR folder the queries with their relevant documents.
+
+    Negatives that are answers of their own row are left out, and `answers` is told of how many.
+    """
     if epath.Path(name).is_dir() and not name.startswith((inputs.TFDS, inputs.HUB)):
         task = read_task(name, split="train")
         rows = ((f"{name}, {q}", Pair(task.queries[q], task.corpus[d], (), settings.lang, q))
@@ -117,7 +121,9 @@ def _pairs(name: str, tally: Tally, settings: Settings) -> Iterator[Pair]:
         yield from tally.good_of(rows, lambda pair, place, number: pair)
         return
     make = functools.partial(pairs_lib.of_row, query=settings.query, document=settings.document)
-    for pairs in tally.good_of(inputs.rows(name), make):
+    for of_row in tally.good_of(inputs.rows(name), make):
+        pairs, count = hygiene.without_answers(of_row)
+        answers += [count] if count else []
         for pair in pairs:
             yield pair if pair.lang or not settings.lang else dataclasses.replace(pair, lang=settings.lang)
 

@@ -22,6 +22,7 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")
 CHUNK = 2**20  # bytes
 LONGEST = 2**26  # bytes of a line: more is no row of texts, and would be held in memory
+LARGEST = 2**28  # bytes of a file that is read at once, a task's judgements: some ten million of them
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Blanks, controls and what is drawn without width (joiners, direction marks, byte-order marks): alone they are no text.
 NOTHING = re.compile("[\\s\0-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]*")
@@ -104,19 +105,30 @@ def digest(path: str) -> int:
 
 
 def read_bytes(path: str) -> bytes:
-    """A file's bytes, unpacked. UserError if it cannot be read."""
+    """A file's bytes, unpacked. UserError if it cannot be read, or if they are LARGEST or more."""
     with open_binary(str(path)) as stream:
         try:
-            return stream.read()
+            data = stream.read(LARGEST)
+            if len(data) == LARGEST:
+                raise UserError(f"{path} holds {LARGEST} bytes or more; that is too large to be read at once.")
+            return data
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def lines(path: str, stream: BinaryIO) -> Iterator[bytes]:
+    """A stream's lines as they are asked for. BadRow, a UserError, at one of LONGEST bytes, of which no more is read."""
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), start=1):
+        if len(line) == LONGEST:
+            raise BadRow(f"{path}:{number} is longer than {LONGEST} bytes; it is no row.", reason="too long")
+        yield line
 
 
 def read_lines(path: str) -> Iterator[bytes]:
     """A file's lines as they are asked for, unpacked. UserError if it cannot be read."""
     with open_binary(path) as stream:
         try:
-            yield from stream
+            yield from lines(path, stream)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
 
@@ -150,15 +162,14 @@ def decode(path, data: bytes) -> str:
 
 
 def _jsonl(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
-    for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), start=1):
-        place = f"{path}:{number}"
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if len(line) == LONGEST:
-            yield place, BadRow(f"{place} is longer than {LONGEST} bytes; it is no row.", reason="too long")
-            return
-        if line.strip():
-            yield place, _parsed(place, line)
+    number = 0
+    try:
+        for number, line in enumerate(lines(path, stream), start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
+    except BadRow as fault:
+        yield f"{path}:{number + 1}", fault
 
 
 def _parsed(place: str, line: bytes) -> dict | BadRow:
@@ -175,15 +186,34 @@ def _not_utf8(place: str) -> BadRow:
 
 
 def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(LONGEST)
     # a byte that is no UTF-8 becomes half a surrogate pair: its row is bad, not the file
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(text, strict=True, delimiter="\t" if kind(path) == ".tsv" else ",")
+    taken = (
+        0  # characters of the row that is being read: a quotation mark that is never closed makes all that follows one
+    )
+
+    def some_lines() -> Iterator[str]:
+        nonlocal taken
+        while line := text.readline(LONGEST - taken):
+            taken += len(line)
+            if taken == LONGEST:
+                raise BadRow(
+                    f"{path} has a row of more than {LONGEST} characters behind line {reader.line_num}.",
+                    reason="too long",
+                )
+            yield line
+
+    reader = csv.DictReader(some_lines(), strict=True, delimiter="\t" if kind(path) == ".tsv" else ",")
     try:
         while True:
             try:
+                taken = 0
                 row = next(reader)
             except StopIteration:
+                return
+            except BadRow as fault:
+                yield f"{path}:{reader.line_num}", fault
                 return
             except csv.Error as error:
                 place = f"{path}:{reader.line_num}"

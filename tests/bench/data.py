@@ -1,6 +1,6 @@
 """What loading costs: useful tokens, tokens a second on one core, a hundred million pairs, and an object store's latency.
 
-    python -m tests.bench.loading --data=DIR --tokenizer=sentencepiece.bpe.model        # DIR: made by moe_embed.prepare
+    python -m tests.bench.data --data=DIR --tokenizer=sentencepiece.bpe.model        # DIR: made by moe_embed.prepare
 
 Prints tables. The bars: 97 % useful; a million tokens a second on a core, with an XLM-R vocabulary; a hundred million pairs
 opened in 10 s and 500 MB; step 1,000,000 in a second. Latency is real: reads of files wait 20 ms each, in a preloaded pread.
@@ -42,7 +42,7 @@ ssize_t pread64(int fd, void *to, size_t n, off_t at) { return pread(fd, to, n, 
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.loading", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=pathlib.Path)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--part", choices=("start", "latency"), help="what the parts run as processes of their own")
@@ -68,15 +68,15 @@ def main(argv):
         print(child("latency", flags.data, flags.tokenizer, LD_PRELOAD=str(library)))
 
 
-def open_batches(flags, *, steps: int = STEPS, own=None):
+def open_batches(flags, *, steps: int = STEPS, rows: int = 4):
     """The batches of a run over `flags.data`: BATCH pairs a step on DEVICES devices, rows of 512, 64 and 256 tokens a side."""
     settings = {
         "data.sources": flags.data, "data.tokenizer": flags.tokenizer, "data.batch_size": BATCH, "data.row_length": 512,
-        "data.rows": 8, "data.query_length": 64, "data.document_length": 256, "data.dev": "()", "data.weights": "()",
+        "data.rows": rows, "data.texts_per_row": 128, "data.query_length": 64, "data.document_length": 256, "data.dev": "()", "data.weights": "()",
         "run.steps": steps, "run.eval_every": 0, "encoder.vocab_size": 250_048,
     }  # fmt: skip
     config = config_lib.load("configs/demo.py:tiny", [f"--config.{name}={value}" for name, value in settings.items()])
-    return run_data.open_data(config, num_shards=DEVICES, own=own)[1]
+    return run_data.open_data(config, num_shards=DEVICES)[1]
 
 
 def useful(flags) -> None:
@@ -86,7 +86,6 @@ def useful(flags) -> None:
         "padded to the caps": [],
         "padded to the longest": [],
         "bucketed by length (64 a bucket)": [],
-        "packed": [],
     }
     for step in range(STEPS):
         _, pairs = batches.pairs_at(step)
@@ -96,10 +95,14 @@ def useful(flags) -> None:
         shares["padded to the longest"].append(total / (len(length) * length.max(0).sum()))
         buckets = [np.sort(side).reshape(-1, 64) for side in length.T]
         shares["bucketed by length (64 a bucket)"].append(total / sum((b.max(1) * 64).sum() for b in buckets))
-        shares["packed"].append(batches.batch_at(step).counts["useful"])
+    for rows in (4, 16):
+        batches = open_batches(flags, rows=rows)
+        shares[f"packed, {rows} rows a micro-batch"] = [
+            batches.batch_at(step).counts["useful"] for step in range(STEPS)
+        ]
+        say(f"{rows} rows a micro-batch: M in {batches.sizes}")
     for name, values in shares.items():
         print(f"{name:34} {100 * np.mean(values):5.1f} % useful, least of {STEPS} steps {100 * min(values):.1f} %")
-    print(f"M in {batches.sizes}")
 
 
 def speed(flags) -> None:
@@ -167,7 +170,7 @@ def child(part: str, data: pathlib.Path, tokenizer: str, **environment: str) -> 
     command = [
         sys.executable,
         "-m",
-        "tests.bench.loading",
+        "tests.bench.data",
         f"--data={data}",
         f"--tokenizer={tokenizer}",
         f"--part={part}",

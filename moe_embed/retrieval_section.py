@@ -1,0 +1,82 @@
+"""The section of the HTML report on retrieval: dev nDCG@10 over the steps, and what evaluate measured of the finished models."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_embed import charts, page
+from moe_embed.config import UserError
+from moe_embed.report_sections import Run
+
+
+def quality(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
+    """nDCG@10 over the steps; and by task, dimension and precision of evaluate's outputs, one a run in their order."""
+    said, series, color = "", [], len(runs)
+    for run in runs:
+        if not run.evaluations:
+            why = "a masked-language-model run searches for nothing" if run.config.loss.objective == "mlm" else (
+                "it was trained without config.data.dev and config.run.eval_every")  # fmt: skip
+            said += page.say(f"{run.name} has no evaluations: {why}.", missing=True)
+            continue
+        steps = [row["step"] for row in run.evaluations]
+        series.append(run.line(f"{run.name}: mean", steps, [row["ndcg"] for row in run.evaluations], points=True))
+        tasks = [name for name in run.evaluations[-1] if name.startswith("ndcg/")]
+        for task in tasks if 1 < len(tasks) <= 8 else []:
+            there = [row for row in run.evaluations if task in row]
+            label = f"{run.name}: {task.removeprefix('ndcg/')}"
+            series.append(run.line(label, [row["step"] for row in there], [row[task] for row in there], color=color))
+            color += 1
+    figures = [charts.lines(series, title="dev nDCG@10", x_label="step")]
+    if results:
+        check_same_tasks(runs, results)
+        sized = [{"dims", "precisions"} & next(iter(tasks.values())).keys() for tasks in results]
+        figures += [by_size(runs, results) if any(sized) else "", by_task(runs, results)]
+        for run, of_run in zip(runs, sized, strict=True):
+            if not of_run:
+                said += page.say(f"{run.name} was evaluated without --dims and --precisions.", missing=True)
+    else:
+        said += page.say("Matryoshka dimensions, int8 and binary vectors, test tasks: give evaluate's output as --evaluation=r.json.",
+                         missing=True)  # fmt: skip
+    return said + page.grid(figures)
+
+
+def check_same_tasks(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> None:
+    """UserError where two runs were evaluated on different tasks: their means would say nothing about each other."""
+    for run, tasks in zip(runs, results, strict=True):
+        if tasks.keys() != results[0].keys():
+            other = sorted(tasks.keys() ^ results[0].keys())[0]
+            raise UserError(
+                f"--evaluation: {other} is a task of only one of {runs[0].name} and {run.name}; evaluate both on the same."
+            )
+
+
+def by_task(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
+    """nDCG@10 of each task, a bar a run, with its interval where all have one."""
+    names = list(results[0])
+    values = np.array([[tasks[name]["ndcg@10"] for tasks in results] for name in names])
+    known = all("interval" in of_task for tasks in results for of_task in tasks.values())
+    intervals = np.array([[tasks[name]["interval"] for tasks in results] for name in names]) if known else None
+    return charts.bars(values, rows=names, series=[run.name for run in runs], title="nDCG@10 by task", intervals=intervals,
+                       share=True, note="with 95 % intervals" if known else "")  # fmt: skip
+
+
+def by_size(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
+    """nDCG@10, mean of all tasks, over the numbers of a vector; int8 and binary vectors as points. UserError for another model's."""
+    series, color = [], len(runs)
+    for run, tasks in zip(runs, results, strict=True):
+        whole, first = run.config.encoder.dim, next(iter(tasks.values()))
+        mean = lambda pick, tasks=tasks: float(np.mean([pick(of_task)["ndcg@10"] for of_task in tasks.values()]))  # noqa: E731
+        cut = sorted(map(int, first["dims"])) if "dims" in first else []
+        if cut and cut[-1] > whole:
+            raise UserError(
+                f"--evaluation of {run.name} has vectors of {cut[-1]} numbers, its model {whole}: it is another model's."
+            )
+        at = {dim: mean(lambda of, d=str(dim): of["dims"][d]) for dim in cut} | {whole: mean(lambda of: of)}
+        series.append(run.line(f"{run.name}: float32", list(at), list(at.values()), points=True))
+        for precision in first["precisions"] if "precisions" in first else ():
+            value = mean(lambda of, p=precision: of["precisions"][p])
+            series.append(run.line(f"{run.name}: {precision}", [whole], [value], color=color, points=True))
+            color += 1
+    return charts.lines(
+        series, title="nDCG@10 by dimension", x_label="numbers of a vector", log_x=True, note="mean of all tasks"
+    )
