@@ -39,6 +39,7 @@ SECONDS = 300  # for one command, on a machine that does other things too
 
 # A command, or a block of Python, as the README has it but for comments -> how it is run: what is replaced in it and put after it.
 TINY: dict[str, tuple[dict[str, str], str]] = {
+    "python -m moe_embed.report --workdir=runs/demo --output=report.html": ({"runs/demo": "MODEL"}, ""),
     "python -m moe_embed.prepare --input='pairs/*.jsonl.gz' --output=DIR": ({}, ""),
     "python -m moe_embed.prepare --input=mine.csv --query=title --document=body --decontaminate=my_beir_folder --output=DIR2": ({}, ""),
     "python -m moe_embed.prepare --describe=DIR": ({}, ""),
@@ -317,7 +318,7 @@ def execute(folder: pathlib.Path, command: str) -> str:
 LEAVES = {  # what a reader finds after a command, beside its exit status
     "--output=DIR": "DIR/dataset_info.json", "--workdir=W": "W/workdir.json", "--output=H": "H/model.safetensors",
     "--output=r.json": "r.json", "--output=steps.jsonl": "steps.jsonl", "--output=my_model": "my_model/config.json",
-    "--output=E.npy": "E.npy", "--output=mined.jsonl": "mined.jsonl", "--output=runs/e5-moe": "runs/e5-moe/workdir.json",
+    "--output=E.npy": "E.npy", "--output=report.html": "report.html", "--output=mined.jsonl": "mined.jsonl", "--output=runs/e5-moe": "runs/e5-moe/workdir.json",
 }  # fmt: skip
 
 
