@@ -44,11 +44,15 @@ def of_workdir(root: pathlib.Path) -> Facts:
         return Facts()
     step = checkpoint.newest_verified(root / "checkpoints", say=lambda _: None)  # load has said what there is to say
     written = checkpoint.facts(root / "checkpoints", step) if step is not None else {}
-    files = tuple((str(name), int(count)) for name, count, _ in written["files"]) if "files" in written else ()
-    verdict = ""
-    if (root / held_out.FILE).is_file():
-        found = stored.read_json(root / held_out.FILE)
-        verdict = found["verdict"] if "verdict" in found else ""
+    data_card, verdict = root / run_data.CARD, ""
+    try:
+        files = tuple((str(name), int(count)) for name, count, _ in written["files"]) if "files" in written else ()
+        if (root / held_out.FILE).is_file():
+            found = stored.read_json(root / held_out.FILE)
+            verdict = str(found["verdict"]) if "verdict" in found else ""
+        of_data = data_card.read_text("utf-8") if data_card.is_file() else ""
+    except (OSError, ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{root} does not say what it was trained on: {error!r:.200}.") from error
     began = description.init_from or ""
     cached = HUB_CACHE.search(began)
     return Facts(
@@ -56,7 +60,7 @@ def of_workdir(root: pathlib.Path) -> Facts:
         objective=description.config.loss.objective,
         steps=step or 0,
         batch_size=written["batch_size"] if "batch_size" in written else 0,
-        data_card=(root / run_data.CARD).read_text("utf-8") if (root / run_data.CARD).is_file() else "",
+        data_card=of_data,
         began_with=pathlib.Path(began).name,
         held_out=verdict,
         base_model=f"{cached[1]}/{cached[2]}" if cached else "",

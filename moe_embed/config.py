@@ -160,6 +160,8 @@ class Config:
 
 
 SECTIONS = typing.get_type_hints(Config)
+POSITIVE = ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "num_token_types", "rotary_base", "norm_epsilon")
+SIZE = 2**31  # of a model no number is as large
 CHOICES = {
     "encoder.dtype": ("float32", "bfloat16"),
     "encoder.position": ("rotary", "learned"),
@@ -252,22 +254,42 @@ def _apply_override(tree: dict, override: str, faults: list[str]) -> None:
         tree.setdefault(section, {})[key] = text
 
 
+def model_faults(encoder: Encoder, moe: Moe) -> list[str]:
+    """What contradicts itself in a model's shape alone, a sentence each."""
+    rules = [
+        (encoder.num_layers % max(moe.unit_length, 1) == 0,
+         f"config.encoder.num_layers={encoder.num_layers} is not divisible by config.moe.every={moe.every}."),
+        (encoder.num_heads > 0 and encoder.dim % (2 * max(encoder.num_heads, 1)) == 0,
+         f"config.encoder.dim={encoder.dim} must be a multiple of twice config.encoder.num_heads="
+         f"{encoder.num_heads}: rotary positions turn pairs of a head's dims."),
+        (encoder.position != "learned" or encoder.max_seq_length <= encoder.num_positions - encoder.position_offset,
+         f"config.encoder.num_positions={encoder.num_positions} - position_offset={encoder.position_offset} learned "
+         f"positions are fewer than the {encoder.max_seq_length} tokens of max_seq_length."),
+        (encoder.position == "learned" or (encoder.num_positions, encoder.position_offset) == (0, 0),
+         'config.encoder.num_positions and position_offset belong to config.encoder.position="learned".'),
+        (moe.num_experts == 0 or 1 <= moe.top_k <= moe.num_experts,
+         f"config.moe.top_k={moe.top_k} must be between 1 and config.moe.num_experts={moe.num_experts}."),
+    ]  # fmt: skip
+    for name, part, lowest in (("encoder", encoder, POSITIVE), ("moe", moe, ("every",))):
+        for key, kind in typing.get_type_hints(type(part)).items():
+            value = getattr(part, key)
+            if kind in (int, float):
+                sign = "be positive" if key in lowest else "not be negative"
+                rules.append(
+                    (value > 0 or (value == 0 and key not in lowest), f"config.{name}.{key}={value} must {sign}.")
+                )
+                rules.append((not value >= SIZE, f"config.{name}.{key}={value} must be less than 2**31."))
+    return [sentence for holds, sentence in rules if not holds]
+
+
 def _contradictions(c: Config) -> list[str]:
     """Faults that need more than one field to see."""
-    longest = max(c.encoder.max_seq_length, c.data.query_length, c.data.document_length)
+    longest = max(c.data.query_length, c.data.document_length)
     longest = max(longest, c.data.row_length) if c.loss.objective == "mlm" else longest  # there a text may fill a row
     rules = [
-        (c.encoder.num_layers % max(c.moe.unit_length, 1) == 0,
-         f"config.encoder.num_layers={c.encoder.num_layers} is not divisible by config.moe.every={c.moe.every}."),
-        (c.encoder.num_heads > 0 and c.encoder.dim % (2 * max(c.encoder.num_heads, 1)) == 0,
-         f"config.encoder.dim={c.encoder.dim} must be a multiple of twice config.encoder.num_heads="
-         f"{c.encoder.num_heads}: rotary positions turn pairs of a head's dims."),
         (c.encoder.position != "learned" or longest <= c.encoder.num_positions - c.encoder.position_offset,
          f"config.encoder.num_positions={c.encoder.num_positions} - position_offset={c.encoder.position_offset} learned "
-         f"positions are fewer than the {longest} tokens of max_seq_length, query_length, document_length or, "
-         "for mlm, row_length."),
-        (c.encoder.position == "learned" or (c.encoder.num_positions, c.encoder.position_offset) == (0, 0),
-         'config.encoder.num_positions and position_offset belong to config.encoder.position="learned".'),
+         f"positions are fewer than the {longest} tokens of query_length, document_length or, for mlm, row_length."),
         (all(0 < dim <= c.encoder.dim for dim in c.loss.dims) and len(set(c.loss.dims)) == len(c.loss.dims),
          f"config.loss.dims={c.loss.dims} must be different numbers between 1 and config.encoder.dim={c.encoder.dim}."),
         (len(c.loss.dim_weights) in (0, len(c.loss.dims)) and all(w > 0 for w in c.loss.dim_weights),
@@ -287,8 +309,6 @@ def _contradictions(c: Config) -> list[str]:
         (c.loss.objective != "mlm" or not (c.run.eval_every or c.data.num_negatives or c.loss.distill or c.loss.dims),
          "config.loss.objective=mlm reads texts: leave config.run.eval_every, config.data.num_negatives, config.loss.distill "
          "and config.loss.dims out."),
-        (c.moe.num_experts == 0 or 1 <= c.moe.top_k <= c.moe.num_experts,
-         f"config.moe.top_k={c.moe.top_k} must be between 1 and config.moe.num_experts={c.moe.num_experts}."),
         (max(c.data.query_length, c.data.document_length) <= c.data.row_length or c.loss.objective == "mlm",
          f"config.data.row_length={c.data.row_length} is shorter than a text's cap (query_length="
          f"{c.data.query_length}, document_length={c.data.document_length}); raise row_length."),
@@ -304,13 +324,10 @@ def _contradictions(c: Config) -> list[str]:
          f"config.mesh is data={c.mesh.data}, expert={c.mesh.expert}: give counts of devices, at most one of them -1."),
     ]  # fmt: skip
     positive = {
-        "encoder": ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "num_token_types"),
-        "moe": ("every",),
         "data": ("rows", "row_length", "texts_per_row"),
         "run": ("save_every", "keep"),
         "optim": ("clip_norm", "epsilon"),
     }
-    positive["encoder"] += ("rotary_base", "norm_epsilon")
     rules += [
         (0 <= value < 1, f"config.optim.{key}={value} must be at least 0 and less than 1.")
         for key, value in (("beta1", c.optim.beta1), ("beta2", c.optim.beta2))
@@ -322,10 +339,8 @@ def _contradictions(c: Config) -> list[str]:
     not_negative = {
         "optim": ("learning_rate", "warmup_steps", "weight_decay"),
         "data": ("num_negatives", "smoothing", "batch_size", "workers"),  # 0: held_out.fit
-        "moe": ("num_experts",),
         "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
         "run": ("seed", "eval_every", "steps", "max_skips", "watchdog"),
-        "encoder": ("position_offset", "num_positions"),
     }
     for section, keys in not_negative.items():
         for key in keys:
@@ -333,4 +348,4 @@ def _contradictions(c: Config) -> list[str]:
             rules.append((value >= 0, f"config.{section}.{key}={value} must not be negative."))
     rules.append((c.run.seed < 2**63, f"config.run.seed={c.run.seed} does not fit 63 bits."))
     rules.append((bool(c.data.sources), "config.data.sources is empty; name at least one file of pairs."))
-    return [sentence for holds, sentence in rules if not holds]
+    return model_faults(c.encoder, c.moe) + [sentence for holds, sentence in rules if not holds]

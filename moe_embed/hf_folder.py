@@ -19,7 +19,7 @@ from moe_embed import hf_config, hf_layout, stored, tokenizer_json
 from moe_embed.config import Encoder, Moe, UserError
 from moe_embed.data import tokenizer as tokenizer_lib
 
-MAX_HEADER = 100 * 2**20  # bytes of a safetensors header; the released file's is 17 kB
+MAX_HEADER = 2**24  # bytes of a safetensors header; the released file's is 17 kB
 PREFIX = {"bert": "bert.", "xlm-roberta": "roberta."}  # in front of the encoder's tensors where a head was saved too
 LEFT_OUT = re.compile(  # parts of transformers' classes that no vector depends on, and buffers of older versions
     r"pooler\.dense\.(weight|bias)|cls\.seq_relationship\.(weight|bias)|embeddings\.(position|token_type)_ids"

@@ -242,8 +242,10 @@ def read_description(root: pathlib.Path) -> Description:
             config = config_lib.from_dict(description["config"])
             with_head, init_from = config.loss.objective == "mlm", description.get("init_from")
             return Description(config.encoder, config.moe, prompts, with_head, config, init_from)
-        encoder = config_lib.section("encoder", description["encoder"])
-        return Description(encoder, config_lib.section("moe", description["moe"]), prompts, description["head"], None)
+        encoder, moe = (config_lib.section(name, description[name]) for name in ("encoder", "moe"))
+        if faults := config_lib.model_faults(encoder, moe):
+            raise UserError(*faults)
+        return Description(encoder, moe, prompts, bool(description["head"]), None)
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{root / DESCRIPTION} cannot be read ({error}); train and import_hf write such files."

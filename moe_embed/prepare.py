@@ -61,7 +61,13 @@ def main(argv: Sequence[str]) -> None:
     if a.describe:
         manifest = prepared.read_manifest(a.describe)
         prepared.verify(a.describe, manifest)
-        print(data_card.table(manifest["card"]))
+        try:
+            said = data_card.table(manifest["card"])
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise UserError(
+                f"{a.describe / prepared.MANIFEST} has no card that prepare wrote ({error!r:.100})."
+            ) from error
+        print(said)
         return
     if not (a.input and a.output):
         parser.error("give --input and --output, or --describe=DIR")

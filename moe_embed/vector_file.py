@@ -131,7 +131,7 @@ def _rows_done(partial: pathlib.Path, record: pathlib.Path, names: dict) -> int:
         other = [name for name in names if made_of[name] != names[name]]
         if rows < 0:
             raise ValueError(f"it counts {rows} rows")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{record} cannot be read ({error}); delete it to start over.") from error
     if other and rows:
         raise UserError(f"{partial} was begun with another {' and another '.join(other)}; delete {record} to start "

@@ -179,16 +179,6 @@ def test_no_get_with_a_default_and_none_on_a_config():
     assert not wrong
 
 
-def test_no_code_from_data():
-    wrong = []
-    for name, tree in TREES.items():
-        for call in calls(tree):
-            pickled = any(k.arg == "allow_pickle" and getattr(k.value, "value", True) for k in call.keywords)
-            if pickled or (isinstance(call.func, ast.Name) and call.func.id in ("eval", "exec", "compile")):
-                wrong.append(f"{name}:{call.lineno} {ast.unparse(call)}")
-    assert not wrong
-
-
 @pytest.mark.parametrize("name", OURS)  # torch's forward() and the sample's script speak for themselves
 def test_public_functions_and_classes_have_docstrings(name):
     def public(body):

@@ -63,6 +63,7 @@ model = moe_embed.load("runs/mine")
 model.encode(["Wie drucke ich?"], task="query", dim=64)""": ({"dim=64": "dim=16"}, ""),
     "python -m moe_embed.export --model=runs/mine --output=my_model --onnx --gguf --calibrate=workdir --license=apache-2.0": (
         {"--onnx --gguf ": ""}, ""),  # these two: tests/deploy
+    "python -m moe_embed.report --workdir=runs/mine --output=report.html": ({}, ""),
     "python -m moe_embed.import_hf --model=multilingual-e5-small --output=runs/e5": ({}, ""),
     "python -m moe_embed.upcycle --model=runs/e5 --output=runs/e5-moe": ({}, ""),
     "python -m moe_embed.mine --model=runs/e5 --pairs=pairs.jsonl --output=mined.jsonl": ({}, ""),

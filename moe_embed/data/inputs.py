@@ -133,5 +133,5 @@ def _expected(name: str) -> int | None:
         said = stored.read_json(counts)
         said = said["count_per_file"] if "count_per_file" in said else said
         return next((int(count) for file, count in said.items() if file.rpartition("/")[2] == path.name), None)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{counts} is not {{file: rows}}: {error}.") from error
