@@ -39,7 +39,6 @@ SECONDS = 300  # for one command, on a machine that does other things too
 
 # A command, or a block of Python, as the README has it but for comments -> how it is run: what is replaced in it and put after it.
 TINY: dict[str, tuple[dict[str, str], str]] = {
-    "python -m moe_embed.report --workdir=runs/demo --output=report.html": ({"runs/demo": "MODEL"}, ""),
     "python -m moe_embed.prepare --input='pairs/*.jsonl.gz' --output=DIR": ({}, ""),
     "python -m moe_embed.prepare --input=mine.csv --query=title --document=body --decontaminate=my_beir_folder --output=DIR2": ({}, ""),
     "python -m moe_embed.prepare --describe=DIR": ({}, ""),
