@@ -8,6 +8,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -22,6 +23,7 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")
 CHUNK = 2**20  # bytes
 LONGEST = 2**26  # bytes of a line: more is no row of texts, and would be held in memory
+LONGEST_CSV = LONGEST // 8  # characters of a row: the csv module holds one at four bytes each, and twice while it grows
 LARGEST = 2**28  # bytes of a file that is read at once, a task's judgements: some ten million of them
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Blanks, controls and what is drawn without width (joiners, direction marks, byte-order marks): alone they are no text.
@@ -118,10 +120,25 @@ def read_bytes(path: str) -> bytes:
 
 def lines(path: str, stream: BinaryIO) -> Iterator[bytes]:
     """A stream's lines as they are asked for. BadRow, a UserError, at one of LONGEST bytes, of which no more is read."""
-    for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), start=1):
-        if len(line) == LONGEST:
+    for number in itertools.count(1):
+        parts = _parts(stream.readline, LONGEST, b"\n")
+        if sum(map(len, parts)) == LONGEST:
             raise BadRow(f"{path}:{number} is longer than {LONGEST} bytes; it is no row.", reason="too long")
-        yield line
+        if not parts[0]:
+            return
+        yield parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _parts(readline, most: int, end):
+    """A line in parts of a CHUNK, at most `most` of it: what is too long is never put together."""
+    parts, left = [], most
+    while left:
+        asked = min(CHUNK, left)
+        parts.append(readline(asked))
+        left -= len(parts[-1])
+        if len(parts[-1]) < asked or parts[-1].endswith(end):
+            break
+    return parts
 
 
 def read_lines(path: str) -> Iterator[bytes]:
@@ -186,7 +203,7 @@ def _not_utf8(place: str) -> BadRow:
 
 
 def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(LONGEST_CSV)
     # a byte that is no UTF-8 becomes half a surrogate pair: its row is bad, not the file
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     taken = (
@@ -195,14 +212,14 @@ def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
 
     def some_lines() -> Iterator[str]:
         nonlocal taken
-        while line := text.readline(LONGEST - taken):
-            taken += len(line)
-            if taken == LONGEST:
+        while (parts := _parts(text.readline, LONGEST_CSV - taken, ("\n", "\r")))[0]:
+            taken += sum(map(len, parts))
+            if taken == LONGEST_CSV:
                 raise BadRow(
-                    f"{path} has a row of more than {LONGEST} characters behind line {reader.line_num}.",
+                    f"{path} has a row of more than {LONGEST_CSV} characters behind line {reader.line_num}.",
                     reason="too long",
                 )
-            yield line
+            yield "".join(parts)
 
     reader = csv.DictReader(some_lines(), strict=True, delimiter="\t" if kind(path) == ".tsv" else ",")
     try:

@@ -1,6 +1,7 @@
 """Small runs as processes of their own, to be disturbed."""
 
 import hashlib
+import json
 import os
 import pathlib
 import socket
@@ -93,3 +94,26 @@ def numbers(workdir: pathlib.Path) -> list[dict]:
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "waited")} for row in rows(workdir)
     ]
+
+
+VERBS = """
+import importlib, json, sys
+from moe_embed import verb
+for name, *arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        verb.run(importlib.import_module(f"moe_embed.{name}").main)
+    except SystemExit as end:
+        print("ended", name, end.code, file=sys.stderr, flush=True)
+"""
+
+
+def all_refused(commands: list[list[str]]) -> str:
+    """Run verbs, one after the other in one process: each is to end with 2 and one sentence. Returns what they said."""
+    command = [sys.executable, "-c", VERBS, json.dumps(commands)]
+    said = subprocess.run(command, env=environ(), cwd=ROOT, capture_output=True, text=True, check=False).stderr
+    ends = [line.split()[1:] for line in said.splitlines() if line.startswith("ended ")]
+    assert ends == [[name, "2"] for name, *_ in commands], said
+    assert "Traceback" not in said, said
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == len(commands), said
+    return said
