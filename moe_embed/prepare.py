@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--ngram", type=int, default=Rules.ngram, help="words in a row that are too many in common")
     parser.add_argument("--shard_size", type=int, default=500_000, help="pairs in a shard")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, help="inputs and shards worked on at once"
+        "--processes", type=int, default=min(os.cpu_count() or 1, 16), help="inputs and shards worked on at once"
     )
     a = parser.parse_args(argv)
     if a.describe:
