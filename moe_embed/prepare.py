@@ -94,6 +94,26 @@ def prepare(
     if work is None:
         print(f"{output} is finished: the same inputs and options. Nothing to do.")
         return
+    try:
+        _carry_out(names, output, work, order, settings=settings, shard_size=shard_size, processes=processes)
+    except UserError:
+        if not any(work.glob("*/report.json")):  # no input is read: nothing of it is worth keeping
+            shutil.rmtree(work)
+            if not any(output.iterdir()):
+                output.rmdir()
+        raise
+
+
+def _carry_out(
+    names: Sequence[str],
+    output: pathlib.Path,
+    work: pathlib.Path,
+    order: dict,
+    *,
+    settings: spool.Settings,
+    shard_size: int,
+    processes: int,
+) -> None:
     spool.check(settings)
     folders = [work / f"input-{i:05d}" for i in range(len(names))]
     jobs = [(name, folder, settings) for name, folder in zip(names, folders, strict=True)]

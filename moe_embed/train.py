@@ -281,6 +281,8 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
     )
     print(f"parameters  {total:,}, of which a token uses {active:,}")
     print(f"data        {batches.summary}")
+    if config.loss.objective != "mlm":
+        print(f"prompts     query {config.data.query_prompt!r}, document {config.data.document_prompt!r}")
     if prog.config.loss.form == "ring":
         print("loss        in tiles (ring): the batch's scores are never held")
     if held:

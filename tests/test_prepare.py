@@ -127,6 +127,8 @@ def test_faults(tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
         run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out", *arguments)
     assert not (tmp_path / "out" / prepared.MANIFEST).exists()
+    if "leave nothing" not in words:  # that is known when the input has been read
+        assert not (tmp_path / "out").exists()  # so that another try is not refused
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path):

@@ -36,7 +36,7 @@ class Tally:
                 self.good += 1
                 yield made
         if self.bad.total() > self.max_bad_fraction * (self.good + self.bad.total()):
-            raise UserError(f"{self}; config.data.max_bad_fraction={self.max_bad_fraction} allows less.")
+            raise UserError(f"{str(self).removesuffix('.')}; max_bad_fraction={self.max_bad_fraction} allows less.")
         if not self.good:
             raise UserError(f"{self.path} holds no {self.of}." if not self.bad else f"{self}.")
 

@@ -112,7 +112,9 @@ def read(path: str | pathlib.Path) -> Tokenizer | JsonTokenizer:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(
-            f"the tokenizer {path} does not exist; data.tokenizer names a SentencePiece model or tokenizer.json."
+            "no tokenizer is named: give the model to begin with, --init_from=MODEL, or --config.data.tokenizer=FILE."
+            if path == pathlib.Path("")
+            else f"the tokenizer {path} does not exist; data.tokenizer names a SentencePiece model or tokenizer.json."
         )
     kind = JsonTokenizer if path.suffix == ".json" else Tokenizer
     try:
