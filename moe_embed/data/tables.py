@@ -127,6 +127,7 @@ def lines(path: str, stream: BinaryIO) -> Iterator[bytes]:
     for number in itertools.count(1):
         parts = _parts(stream.readline, LONGEST, b"\n")
         if sum(map(len, parts)) == LONGEST:
+            parts.clear()  # the traceback holds them as long as somebody holds the fault
             raise BadRow(f"{path}:{number} is longer than {LONGEST} bytes; it is no row.", reason="too long")
         if not parts[0]:
             return
