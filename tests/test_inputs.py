@@ -74,3 +74,19 @@ def test_a_data_set_of_tfds(tmp_path):
         list(inputs.rows("tfds:no_such_data_set_at_all:train"))
     with pytest.raises(UserError, match="needs a split"):
         list(inputs.rows("tfds:name"))
+
+
+@pytest.mark.parametrize(
+    "name", ["gs://b/a.jsonl?X-Goog-Signature=abc123", "s3://key:abc123@b/*.jsonl", "gs://b/*.jsonl?a=1&sig=abc123"]
+)
+def test_an_address_with_credentials_is_refused_without_them(name):
+    with pytest.raises(UserError, match="has credentials in it") as fault:
+        inputs.find(name)
+    assert "abc123" not in str(fault.value)
+    assert inputs.SIGNED.search(name)
+    assert not inputs.SIGNED.search("gs://b/part-?.jsonl")
+
+
+def test_a_scheme_nobody_knows_is_a_sentence():
+    with pytest.raises(UserError, match=r"xyz://b/a\.jsonl cannot be looked up"):
+        inputs.find("xyz://b/a.jsonl")

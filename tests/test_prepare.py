@@ -137,6 +137,15 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
         run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}")
 
 
+def test_a_bad_row_that_another_process_meets_is_the_same_sentence(tmp_path):
+    write(tmp_path / "a.jsonl", 5)
+    (tmp_path / "b.jsonl").write_text('{"query": "q"}\n')
+    arguments = [f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/out", "--processes=2"]
+    with pytest.raises(UserError, match=r"b\.jsonl:1 has no column 'document'") as fault:
+        prepare.main(arguments)
+    assert fault.value.reason == "column missing"
+
+
 def test_bad_rows_are_counted_in_the_card(tmp_path, capsys):
     write(tmp_path / "a.jsonl", 98)
     with open(tmp_path / "a.jsonl", "ab") as file:

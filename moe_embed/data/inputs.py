@@ -4,6 +4,7 @@ import functools
 import glob
 import importlib.util
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator
 
@@ -15,19 +16,31 @@ from moe_embed.data import tables
 from moe_embed.data.tables import BadRow
 
 TFDS, HUB = "tfds:", "hf:"
+SIGNED = re.compile(r"://[^/]*@|\?.*=")  # an address with a password, or with a query that signs it
 
 
 def find(text: str) -> list[str]:
     """Names and patterns (`pairs/*.jsonl.gz`), separated by commas -> inputs, each once. UserError for what matches none."""
     found = []
     for part in filter(None, text.split(",")):
-        if part.startswith((TFDS, HUB)) or epath.Path(part).exists():
-            paths = [part]
-        elif "://" in part:
-            folder, _, pattern = part.rpartition("/")
-            paths = sorted(map(str, epath.Path(folder).glob(pattern)))
-        else:
-            paths = sorted(glob.glob(part, recursive=True))
+        if "://" in part and SIGNED.search(part):  # it would stand in the workdir, the log and the card
+            plain = re.sub(r"://[^/]*@", "://", part.partition("?")[0])
+            raise UserError(f"the address {plain} has credentials in it; give it without, and them by the environment.")
+        try:
+            if part.startswith((TFDS, HUB)) or epath.Path(part).exists():
+                paths = [part]
+            elif "://" in part:
+                folder, _, pattern = part.rpartition("/")
+                paths = sorted(map(str, epath.Path(folder).glob(pattern)))
+            else:
+                paths = sorted(glob.glob(part, recursive=True))
+        except (
+            ImportError,
+            KeyError,
+            ValueError,
+            OSError,
+        ) as error:  # of etils: an unknown scheme, or one that needs a package
+            raise UserError(f"{part} cannot be looked up: {error}.") from error
         if not paths:
             raise UserError(f"{part} does not exist, and is no pattern of files that do.")
         found += [path for path in paths if path not in found]

@@ -6,6 +6,7 @@ Rows come one by one, whatever the file's size. Paths may be an object store's (
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -36,6 +37,9 @@ class BadRow(UserError):
     def __init__(self, sentence: str, *, reason: str):
         super().__init__(sentence)
         self.reason = reason
+
+    def __reduce__(self):
+        return functools.partial(BadRow, reason=self.reason), self.args  # one of prepare's processes tells another
 
 
 def is_text(value) -> bool:
@@ -123,6 +127,7 @@ def lines(path: str, stream: BinaryIO) -> Iterator[bytes]:
     for number in itertools.count(1):
         parts = _parts(stream.readline, LONGEST, b"\n")
         if sum(map(len, parts)) == LONGEST:
+            parts.clear()  # the traceback holds them as long as somebody holds the fault
             raise BadRow(f"{path}:{number} is longer than {LONGEST} bytes; it is no row.", reason="too long")
         if not parts[0]:
             return

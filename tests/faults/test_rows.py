@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import moe_embed
-from moe_embed import prepare
+from moe_embed import config as config_lib
+from moe_embed import infonce, prepare
 from moe_embed.config import UserError
-from moe_embed.data import prepared, sources
+from moe_embed.data import batches, prepared, sources
 from moe_embed.data import tokenizer as tokenizer_lib
+from moe_embed.data.pairs import Pair
+from tests import tiny
 from tests.faults import runs
 from tests.hf_tiny import DENSE, NOMIC, word_pieces, write_folder
 
@@ -146,3 +149,30 @@ def test_a_share_of_bad_rows_is_allowed_and_no_source_of_nothing(data, tmp_path)
     path.write_bytes(b"{\n" * 4)
     with pytest.raises(UserError, match="4 of 4 rows were left out"):
         sources.read_source(str(path), max_bad_fraction=1.0)
+
+
+def test_a_positive_among_its_own_negatives_and_a_copy_in_the_batch_count_as_absent(data):
+    """As plain files are trained on: prepare leaves the first out, and counts it."""
+    tokenizer = tokenizer_lib.read(runs.ROOT / "moe_embed/sample/tokenizer.model")
+    pairs = [Pair(f"what is {i}", f"it is {i}", (f"no {i}",)) for i in range(8)]
+    bad = [dataclasses.replace(pairs[0], negatives=("it is 0",)), dataclasses.replace(pairs[1], document="it is 2")]
+    bad += [dataclasses.replace(pairs[3], negatives=("it is 4",)), *pairs[2:3], *pairs[4:]]
+    c = tiny.config(data={"batch_size": 8, "num_negatives": 1}, encoder={"vocab_size": 16_064}, run={"steps": 1})
+    found = batches.Batches([sources.Source("a", bad, 0)], tokenizer, c, num_shards=1).batch_at(0).arrays
+    document_N, query_N = (np.asarray(found[f"{side}_id_N"]).reshape(-1) for side in ("document", "query"))
+    rng = np.random.default_rng(0)
+    query_ND, document_ND = (rng.normal(size=(count, 6)).astype(np.float32) for count in (8, 16))
+    order = [[batches.document_id(pair.query) for pair in bad].index(i) for i in query_N.tolist()]
+    masked = np.zeros((8, 16), bool)
+    for i, n in enumerate(order):
+        for j, m in enumerate(order):
+            for k, text in enumerate((bad[m].document, *bad[m].negatives)):
+                masked[i, 2 * j + k] = text == bad[n].document and (i, 0) != (j, k)
+    assert masked.sum() == 4  # its own negative, a copy either way, and another's negative that is its answer
+    cosine = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    score = cosine(query_ND) @ cosine(document_ND).T / 0.1
+    by_hand = lambda s: np.mean(np.log(np.exp(s).sum(1)) - s[np.arange(8), 2 * np.arange(8)])  # noqa: E731
+    terms = config_lib.Loss(temperature=0.1, balance_coefficient=0.0)
+    loss, _ = infonce.infonce(query_ND, document_ND, infonce.Ids(document_N, query_N), c=terms)
+    np.testing.assert_allclose(loss, by_hand(np.where(masked, -np.inf, score)), rtol=1e-5)
+    assert abs(float(loss) - by_hand(score)) > 1e-3

@@ -24,6 +24,18 @@ def test_no_secret_is_written_down(pairs, tmp_path):
     assert SECRET not in exported.stdout + exported.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 8
+    assert {"README.md", "workdir.json", "config.json"} <= {path.name for path in files}  # the card among them
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
     (tmp_path / "e2").write_text(SECRET)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_a_signed_address_is_not_written_down(tmp_path):
+    names = (f"gs://b/a.jsonl?X-Goog-Signature={SECRET}", f"s3://key:{SECRET}@b/a.jsonl")
+    start = ["train", "--config=configs/demo.py:tiny"]
+    said = runs.all_refused(
+        [[*start, f"--config.data.sources={name}", f"--workdir={tmp_path / 'w'}"] for name in names]
+    )
+    assert said.count("has credentials in it") == 2
+    assert SECRET not in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
