@@ -1,5 +1,6 @@
 """What loading costs: useful tokens, tokens a second on one core, a hundred million pairs, and an object store's latency.
 
+    python -m tests.bench.data                                                       # the sample
     python -m tests.bench.data --data=DIR --tokenizer=sentencepiece.bpe.model        # DIR: made by moe_embed.prepare
 
 Prints tables. The bars: 97 % useful; a million tokens a second on a core, with an XLM-R vocabulary; a hundred million pairs
@@ -18,7 +19,7 @@ import time
 import numpy as np
 
 from moe_embed import config as config_lib
-from moe_embed import run_data
+from moe_embed import prepare, run_data
 from moe_embed.data import prepared
 from moe_embed.data import tokenizer as tokenizer_lib
 from tests.bench.ratios import say
@@ -43,12 +44,22 @@ ssize_t pread64(int fd, void *to, size_t n, off_t at) { return pread(fd, to, n, 
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="python -m tests.bench.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, type=pathlib.Path)
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", type=pathlib.Path, help="made by prepare (default: the sample, prepared for this)")
+    parser.add_argument("--tokenizer", default="moe_embed/sample/tokenizer.model")
     parser.add_argument("--part", choices=("start", "latency"), help="what the parts run as processes of their own")
     flags = parser.parse_args(argv)
     if flags.part:
         return {"start": start, "latency": latency}[flags.part](flags)
+    if flags.data is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            flags.data = pathlib.Path(scratch, "sample")
+            prepare.main(["--input=moe_embed/sample/pairs/*.jsonl.gz", f"--output={flags.data}"])
+            return tables(flags)
+    return tables(flags)
+
+
+def tables(flags) -> None:
+    """All parts, one after the other."""
     say("useful tokens")
     useful(flags)
     say("one core")
