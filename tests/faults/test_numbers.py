@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_embed import checkpoint, health, metrics, objectives, program, sharding, train
+from moe_embed import checkpoint, health, metrics, objectives, program, run_data, sharding, train
 from moe_embed import config as config_lib
 from moe_embed.config import UserError
 from tests import tiny
@@ -65,7 +65,7 @@ def test_one_device_of_eight_and_no_parameter_moves(factor, monkeypatch, eight_d
 
 
 def test_skipped_steps_are_named_counted_over_restarts_and_end_the_run(config, tmp_path, monkeypatch, capsys):
-    opened = train.open_data(config, num_shards=8)[1]
+    opened = run_data.open_data(config, num_shards=8)[1]
     inject(monkeypatch, opened.batch_at, [2, 3, 6], np.nan)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, max_skips=2))
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_skipped_steps_are_named_counted_over_restarts_and_end_the_run(config, t
 
 def test_a_jump_is_warned_of_in_a_run(config, tmp_path, monkeypatch, capsys):
     long = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=24, save_every=24))
-    inject(monkeypatch, train.open_data(long, num_shards=8)[1].batch_at, [22], 100.0)
+    inject(monkeypatch, run_data.open_data(long, num_shards=8)[1].batch_at, [22], 100.0)
     train.train(long, workdir=tmp_path / "w")
     said = capsys.readouterr().out
     assert said.count("standard deviations above") == 1
