@@ -13,7 +13,7 @@ from moe_embed import checkpoint
 from tests.faults import runs
 
 pytestmark = pytest.mark.faults
-# From the third save on no file may grow beyond 64 KiB, for so many saves.
+# From the third save on no file may grow beyond 512 KiB, for so many saves.
 FILLS = """
 import os, resource
 from moe_embed import checkpoint, saving, train, verb
