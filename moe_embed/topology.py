@@ -73,12 +73,13 @@ def find(name: str) -> Topology:
 
 
 def bigger(topology: Topology) -> Topology | None:
-    """The next one up of the same chips, twice as many; None beyond the largest."""
-    suffix = topology.num_chips * topology.chip.cores * 2
-    try:
-        return find(f"{topology.chip.name}-{suffix}")
-    except UserError:
-        return None
+    """The next one up of the same chips, mostly twice as many; None beyond the largest."""
+    chip, twice = topology.chip, 2 * topology.num_chips
+    counts = [num_chips(shape) for shape in chip.slices]
+    if not counts:  # of GPUs up to a host's, then whole hosts
+        counts = [twice if twice <= GPUS_A_HOST or not twice % GPUS_A_HOST else GPUS_A_HOST]
+    more = [count for count in counts if count > topology.num_chips]
+    return find(f"{chip.name}-{min(more) * chip.cores}") if more else None
 
 
 def num_chips(shape: str) -> int:

@@ -38,6 +38,8 @@ def test_the_next_larger():
     assert topology.bigger(topology.find("v5p-64")).num_chips == 64
     assert topology.bigger(topology.find("v5e-256")) is None
     assert topology.bigger(topology.find("h100-8")).num_chips == 16
+    assert [topology.bigger(topology.find(f"{n}xH100")).num_chips for n in (1, 4, 5, 7, 24)] == [2, 8, 8, 8, 48]
+    assert topology.bigger(topology.find("v5e-1")).name == "v5e-4"
 
 
 def test_several_gpu_hosts_are_as_fast_as_their_network():
