@@ -9,6 +9,7 @@ mkdir -p "$run"
 
 alive() { tmux has-session -t "$session" 2>/dev/null; }
 stop() { tmux kill-session -t "$session" 2>/dev/null || true; } # there may be none
+ended() { echo "$1" > "$run/status.new" && mv "$run/status.new" "$run/status"; }
 
 case ${1:-} in
     setup) # Python 3.11 to 3.13: the TPU images have 3.10, and uv's are what maxtext and vLLM take there
@@ -23,7 +24,7 @@ case ${1:-} in
             PYTHON=$(python3 -m uv python find --managed-python --no-project 3.12)
         fi
         source launch/venv.sh
-        ready_venv tpu
+        ready_venv tpu gcs
         ;;
     start)
         printf '%s\n' "$2" > "$run/command"
@@ -42,16 +43,21 @@ case ${1:-} in
         echo $$ > "$run/pid"
         PYTHON=$PWD/.venv/bin/python
         source launch/venv.sh
-        ready_venv tpu
+        status=0
+        # In a shell of its own, as it ends that at a fault: without a status it would look like a machine that was restarted.
+        (ready_venv tpu gcs) >> "$run/log" 2>&1 || status=$?
+        if [ "$status" -ne 0 ]; then
+            ended "$status"
+            exit
+        fi
+        ready_venv tpu gcs # again, for PATH
         # Named, a platform that cannot be had is an error; jax would else go on with the CPU.
         export JAX_PLATFORMS=tpu,cpu PYTHONUNBUFFERED=1
         printf '== %s python %s\n' "$(date -u +%FT%TZ)" "$(cat "$run/command")" >> "$run/log"
         command=()
         eval "command=($(cat "$run/command"))" # quoted for bash by tpu_pod.sh
-        status=0
         python "${command[@]}" >> "$run/log" 2>&1 || status=$?
-        echo "$status" > "$run/status.new"
-        mv "$run/status.new" "$run/status"
+        ended "$status"
         ;;
     status) # one line: none | running COMMAND | ended STATUS COMMAND
         up=

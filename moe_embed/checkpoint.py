@@ -7,7 +7,6 @@ file and takes the newest step that verifies, naming what it passed over. Saving
 
 import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -15,9 +14,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from moe_embed import cluster, stored
+from moe_embed import bucket, cluster, stored
 from moe_embed.config import UserError
+from moe_embed.fields import first_line
 
 MANIFEST = "digests.json"
 # Of the manifest. Its digest is that of all it says otherwise, in every schema to come: else a newer one could not be told
@@ -45,8 +46,12 @@ def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathli
 
 def prepare(folder: pathlib.Path, step: int) -> pathlib.Path:
     """Where to write a step; an earlier try is removed."""
-    path = folder.absolute() / f"{step}{WRITING}"
-    cluster.on_first(lambda: _remove(path))
+    if bucket.is_remote(folder):  # nothing can be renamed there: the step is written in its place, under a mark
+        path = folder / str(step)
+        cluster.on_first(lambda: _remove_marked(path))
+    else:
+        path = folder.absolute() / f"{step}{WRITING}"
+        cluster.on_first(lambda: bucket.remove(path))
     return path
 
 
@@ -74,8 +79,7 @@ def digests(path: pathlib.Path) -> dict[str, str]:
     """Of the files of a step that this process wrote: it may still hold them in memory, and knows what they should be."""
     me = jax.process_index()
     writer = lambda name: int(found[1]) if (found := OF_A_PROCESS.search(name)) else 0  # noqa: E731
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    return {name: _digest(path / name) for name in names if writer(name) == me}
+    return {name: _digest(path / name) for name in bucket.names(path) if writer(name) == me}
 
 
 def finish(path: pathlib.Path, rows: Sequence[dict], *, arrays: dict, facts: dict, keep: int) -> None:
@@ -86,14 +90,45 @@ def finish(path: pathlib.Path, rows: Sequence[dict], *, arrays: dict, facts: dic
     files = {name: digest for row in rows for name, digest in row.items()}
     folder, final = path.parent, path.with_suffix("")
     _write_manifest(path, {"schema": SCHEMA, "step": int(final.name), "facts": facts, "arrays": arrays, "files": files})
-    _remove(final)  # it does not verify, or the run would have begun with it
-    path.rename(final)
-    for old in [s for s in steps(folder) if not problem(folder, s)][:-keep]:
-        shutil.rmtree((folder / str(old)).rename(folder / f"{old}{DELETING}"))
+    if bucket.is_remote(path):
+        bucket.remove(_mark(path))
+    else:
+        bucket.remove(final)  # it does not verify, or the run would have begun with it
+        path.rename(final)
+    contents = not bucket.is_remote(folder)  # gigabytes over the network at each save, of objects that nothing changes
+    for old in [s for s in steps(folder) if not problem(folder, s, contents=contents)][:-keep]:
+        _delete(folder / str(old))
+
+
+def _delete(path: pathlib.Path) -> None:
+    """Delete a step such that no part of it is ever one."""
+    if bucket.is_remote(path):
+        _remove_marked(path)
+        bucket.remove(_mark(path))
+    else:
+        bucket.remove(path.rename(path.with_name(path.name + DELETING)))
+
+
+def _mark(path: epath.Path) -> epath.Path:
+    return path.with_name(path.name + WRITING)
+
+
+def _remove_marked(path: epath.Path) -> None:
+    """Of a step in a bucket, first its manifest and then the rest; a mark beside it says that this is meant."""
+    bucket.write(_mark(path), b"")
+    bucket.remove(path, first=MANIFEST)
 
 
 def clean(folder: pathlib.Path) -> None:
     """Remove what saves and deletions that were cut off left: nothing ever reads it."""
+    if bucket.is_remote(folder):
+        finished = steps(folder)
+        for name in bucket.names(folder):
+            if (step := name.removesuffix(WRITING)).isdigit() and name != step:
+                if int(step) not in finished:
+                    bucket.remove(folder / step)
+                bucket.remove(folder / name)
+        return
     for path in folder.iterdir() if folder.is_dir() else ():
         if STRAY.fullmatch(path.name) and not path.name.isdigit():
             shutil.rmtree(path)
@@ -106,19 +141,18 @@ def _items(state: dict) -> dict:
     return items
 
 
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
 def steps(folder: pathlib.Path) -> list[int]:
-    """The steps that have a directory, verified or not, oldest first."""
+    """The steps that have a directory, verified or not, oldest first; in a bucket no marked ones without a manifest."""
+    if bucket.is_remote(folder):
+        there = set(bucket.names(folder))
+        found = {name.partition("/")[0] for name in there if "/" in name}
+        marked = {step for step in found if step + WRITING in there and f"{step}/{MANIFEST}" not in there}
+        return sorted(int(step) for step in found - marked if step.isdigit())
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def problem(folder: pathlib.Path, step: int) -> str:
-    """Why a step does not verify, in a few words; "" if it does."""
+def problem(folder: pathlib.Path, step: int, *, contents: bool = True) -> str:
+    """Why a step does not verify, in a few words; "" if it does. Without `contents` its files are not read, only counted."""
     path = folder / str(step)
     try:
         manifest = stored.read_json(path / MANIFEST)
@@ -139,13 +173,21 @@ def problem(folder: pathlib.Path, step: int) -> str:
         return f"{path / MANIFEST} is none of ours"
     if "step" in manifest and manifest["step"] != step:
         return f"{path} is a copy of step {manifest['step']}"
-    present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != MANIFEST}
+    present = {name for name in bucket.names(path) if name.rpartition("/")[2] != MANIFEST}
     if present != set(files):
         return f"{path} lacks or has too many files: {', '.join(sorted(present ^ set(files))[:3])}"
-    for name, digest in files.items():
+    for name, digest in files.items() if contents else ():
         if _digest(path / name) != digest:
             return f"digest mismatch in {path / name}"
     return ""
+
+
+def files_of(folder: pathlib.Path, step: int) -> list[str]:
+    """The files that make a step, its manifest among them; none where that cannot be read."""
+    try:
+        return [MANIFEST, *stored.read_json(folder / str(step) / MANIFEST)["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _is_ours(manifest: dict) -> bool:
@@ -210,10 +252,13 @@ def _restore(path: pathlib.Path, wanted: dict) -> dict:
     items = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         try:
-            return checkpointer.restore(path.absolute(), args=ocp.args.Composite(**items))
+            return checkpointer.restore(
+                path if bucket.is_remote(path) else path.absolute(), args=ocp.args.Composite(**items)
+            )
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} does not hold the arrays that the workdir's config asks for: {reason}") from error
+            raise UserError(
+                f"{path} does not hold the arrays that the workdir's config asks for: {first_line(error)}"
+            ) from error
 
 
 def _compare(path: pathlib.Path, wanted: dict) -> None:
@@ -240,16 +285,11 @@ def _compare(path: pathlib.Path, wanted: dict) -> None:
 
 
 def _write_manifest(path: pathlib.Path, manifest: dict) -> None:
-    partial = path / (MANIFEST + ".partial")
-    with open(partial, "w") as file:
-        json.dump(manifest | {"digest": _digest_of(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path / MANIFEST)
+    stored.write_json(path / MANIFEST, manifest | {"digest": _digest_of(manifest)})
 
 
 def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 

@@ -50,7 +50,7 @@ class Saver:
             path = checkpoint.prepare(self.folder, step)
             checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
             checkpointer.save(path, args=checkpoint.to_save(state))
-        except (OSError, ValueError, RuntimeError) as error:  # the others wait to hear of it
+        except Exception as error:  # of a disk, of Orbax or of a store's client: the others wait to hear of it
             path, checkpointer, said = None, None, _sentence(error)
         else:
             said = ""
@@ -118,7 +118,7 @@ class Saver:
             try:
                 files = [row["files"] for row in rows]
                 checkpoint.finish(path, files, arrays=arrays, facts=self.facts, keep=self.keep)
-            except OSError as error:
+            except Exception as error:
                 problems = [_sentence(error)]
         with contextlib.suppress(OSError):  # Orbax's threads may still write there: the next save does it
             checkpoint.clean(self.folder)  # of what failed: it may be what fills the disk

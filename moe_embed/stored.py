@@ -1,14 +1,20 @@
 """JSON and .npy files, and names in them, read without trusting whoever wrote them: a value, or a ValueError that says why not.
+JSON is written whole or not at all.
 
 Callers make the ValueError their own sentence: what the file is, and what would mend it.
 """
 
+import fcntl
 import json
+import os
 import pathlib
 import tokenize
+import typing
 
 import numpy as np
 from etils import epath
+
+from moe_embed import bucket
 
 MOST = 2**26  # bytes of a JSON file: the largest of ours, XLM-R's tokenizer.json, is 17 MB
 
@@ -22,6 +28,36 @@ def read_json(path: pathlib.Path | epath.Path):
         raise ValueError("its JSON is nested too deep") from error
 
 
+def write_json(path: pathlib.Path | epath.Path, value) -> None:
+    """Put a value in a JSON file: whole or not at all, and on the disk when this returns. OSError: it could not be."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_bytes(path: pathlib.Path | epath.Path, data: bytes) -> None:
+    """The same of bytes."""
+    if bucket.is_remote(path):
+        return bucket.write(path, data)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def open_alone(path: pathlib.Path) -> typing.BinaryIO:
+    """A file, made if absent, to append to, for this process alone until it is closed. BlockingIOError: another has it."""
+    file = open(path, "ab")  # noqa: SIM115 - the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            raise BlockingIOError  # between the two lines another process moved or deleted it
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def read_bytes(path: pathlib.Path | epath.Path, *, most: int) -> bytes:
     """A file of at most `most` bytes. ValueError for a larger one, of which no more than that is read."""
     with path.open("rb") as file:
@@ -32,7 +68,7 @@ def read_bytes(path: pathlib.Path | epath.Path, *, most: int) -> bytes:
 
 
 def map_array(path: pathlib.Path, *, mode: str = "r") -> np.ndarray:
-    """The array of a .npy file as a memory map. ValueError: no such file, or Python objects; nothing is unpickled."""
+    """The array of a .npy file as a memory map. OSError: no such file; ValueError: Python objects; nothing is unpickled."""
     try:
         with np.errstate(all="raise"):  # sizes that overflow
             return np.lib.format.open_memmap(path, mode)

@@ -10,7 +10,7 @@ import pathlib
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from moe_embed import checkpoint, metrics
+from moe_embed import bucket, checkpoint, metrics
 from moe_embed.config import UserError
 from moe_embed.data import sources
 from moe_embed.load import DESCRIPTION, Model, load, read_description
@@ -52,7 +52,7 @@ def checkpoints(
     Waits for a workdir that is not there yet, and for steps that are not; ends with the last one.
     """
     folder = root / "checkpoints"
-    done, gone, faults = set(done), set(), {}  # a damaged step -> when its manifest was written
+    done, gone, faults = set(done), set(), {}  # a damaged step -> its manifest
     waiting, last = False, None
     while last is None or last not in done:
         last, every = _length(root)
@@ -97,10 +97,10 @@ def _fault(folder: pathlib.Path, step: int) -> str:
         return str(error)
 
 
-def _stamp(folder: pathlib.Path, step: int) -> int | None:
-    """When a step's manifest was written, None where there is none: the save is under way, or the step is gone."""
+def _stamp(folder: pathlib.Path, step: int) -> bytes | None:
+    """A step's manifest, None where there is none: the save is under way, or the step is gone."""
     try:
-        return (folder / str(step) / checkpoint.MANIFEST).stat().st_mtime_ns
+        return bucket.read(folder / str(step) / checkpoint.MANIFEST) or None
     except OSError:
         return None
 
@@ -119,7 +119,7 @@ def _done(output: pathlib.Path, root: pathlib.Path, tasks: Collection[str]) -> s
     """The steps that `output` has; a last line that a crash cut short is removed. UserError if it is about something else."""
     rows = metrics.read(output)
     for row in rows:
-        same = "workdir" in row and pathlib.Path(row["workdir"]).resolve() == root.resolve()
+        same = "workdir" in row and bucket.path_of(row["workdir"]).resolve() == root.resolve()
         if not same or "tasks" not in row or set(row["tasks"]) != set(tasks):
             raise UserError(f"{output} has figures of another workdir or of other tasks; name another --output.")
     if output.is_file():

@@ -6,6 +6,7 @@ tells the coordinator's store which step it has done, from a thread, so that the
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,16 +16,20 @@ from moe_embed import cluster
 COMPILING = 1800.0  # seconds more, where a step is compiled first
 LAST_RESORT = 15.0  # seconds to say goodbye in: the store may be what is stuck
 LOCKED_UP = 60.0  # seconds more, for a process in which not even a thread of Python's can run
+STACKS = 5.0  # seconds to print them in
 
 
 class Watchdog:
-    """As a context: ends this process, and with it all, by exit status cluster.GONE, where beats stay away. 0 seconds: never."""
+    """As a context: ends this process, and with it all, by exit status cluster.GONE, where beats stay away. 0 seconds: never.
 
-    def __init__(self, seconds: float):
+    A process that is locked up, in which no thread of Python's runs, ends by SIGALRM: the launch scripts run either again.
+    """
+
+    def __init__(self, seconds: float, *, done: int = 0):
         self.seconds = seconds
         self._interval = min(max(seconds / 10, 0.2), 10.0)
         self._stopped = threading.Event()
-        self.beat(0, more=COMPILING)
+        self.beat(done, more=COMPILING)
 
     def beat(self, done: int, *, more: float = 0.0) -> None:
         """`done` steps are done; the next beat comes within `seconds`, and `more`."""
@@ -39,7 +44,7 @@ class Watchdog:
 
     def __exit__(self, *_) -> None:
         self._stopped.set()
-        faulthandler.cancel_dump_traceback_later()
+        self._unlock()
 
     def _tell(self) -> None:
         while not self._stopped.is_set():
@@ -51,8 +56,15 @@ class Watchdog:
             left = self._deadline - time.monotonic()
             if left < 0:
                 self._end()
-            faulthandler.dump_traceback_later(left + LOCKED_UP, exit=True, file=sys.__stderr__)
+            # Neither needs Python to run: all stacks, and the system's alarm, which nobody here catches (exit status 142).
+            faulthandler.dump_traceback_later(left + LOCKED_UP, file=sys.__stderr__)
+            signal.setitimer(signal.ITIMER_REAL, left + LOCKED_UP + STACKS)
+        self._unlock()
+
+    @staticmethod
+    def _unlock() -> None:
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _end(self) -> None:
         threading.Timer(LAST_RESORT, os._exit, [cluster.GONE]).start()

@@ -29,6 +29,12 @@ def test_json(tmp_path, monkeypatch):
         stored.read_json(tmp_path / "none")
 
 
+def test_a_file_is_one_processs_alone_until_it_is_closed(tmp_path):
+    with stored.open_alone(tmp_path / "lock"), pytest.raises(BlockingIOError):
+        stored.open_alone(tmp_path / "lock")
+    stored.open_alone(tmp_path / "lock").close()
+
+
 def header(text: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
@@ -71,3 +77,23 @@ def test_no_more_is_read_than_asked_for(tmp_path):
     assert stored.read_bytes(pathlib.Path(tmp_path / "a"), most=3) == b"abc"
     with pytest.raises(ValueError, match="larger than 2 bytes"):
         stored.read_bytes(tmp_path / "a", most=2)
+
+
+def test_a_value_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    stored.write_json(path, {"a": ["ü", "\ud800", 1]})  # a lone surrogate: what a file name can hold
+    assert stored.read_json(path) == {"a": ["ü", "\ud800", 1]}
+    with pytest.raises(TypeError):
+        stored.write_json(path, {"b": object()})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stored.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        stored.write_json(path, {"b": 2})
+    assert stored.read_json(path) == {"a": ["ü", "\ud800", 1]}
+    monkeypatch.undo()
+    stored.write_json(path, 2)
+    assert stored.read_json(path) == 2
+    assert not path.with_name("a.json.partial").exists()

@@ -84,7 +84,7 @@ def test_from_the_request_to_the_end(pod):
     for state in ("ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "READY"):
         assert f"t is {state}." in done.stderr
     assert "done. t stands, and costs, until --delete." in done.stderr
-    assert "-e .[tpu]" in (pod.state / "worker1" / "pip").read_text()
+    assert "-e .[tpu,gcs]" in (pod.state / "worker1" / "pip").read_text()
     assert not [row for row in pod.rows("calls") if "--project=p" not in row]
 
 
@@ -143,6 +143,20 @@ def test_hosts_that_cannot_be_set_up_end_it(pod):
     done = pod(*HERE, *TRAIN)
     assert done.returncode == 1
     assert done.stderr.count("not every host could be set up and started.") == 3
+    assert not pod.rows("runs")
+
+
+def test_a_venv_that_cannot_be_completed_in_the_session_is_a_fault_with_a_log(pod):
+    """Between setup and session something changed. Without a status it would be started again and again."""
+    worker = pod.checkout / "launch" / "tpu_worker.sh"
+    text = worker.read_text()
+    changed = text.replace("    session)\n", '    session)\n        rm .venv/stamp-*; touch "$STAND_INS/setup"\n')
+    assert changed != text
+    worker.write_text(changed)
+    done = pod(*HERE, *TRAIN)
+    assert done.returncode == 1
+    assert "the run ended with 1. t stands" in done.stderr
+    assert "setting up .venv for Python" in done.stderr  # of the log
     assert not pod.rows("runs")
 
 

@@ -1,5 +1,6 @@
 """Beats that stay away end a process, with its stacks; who is behind, by hand. Two real processes: tests/faults/test_stuck.py."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -69,3 +70,21 @@ def test_beats_keep_it_alive_and_0_is_never():
 def test_what_is_told_alone_is_nothing():
     cluster.tell(3, since=1.0)
     assert cluster.told() == []
+
+
+LOCKED = """
+import ctypes, sys, time
+from moe_embed import watchdog
+watchdog.COMPILING, watchdog.LOCKED_UP, watchdog.STACKS = 0.0, 0.5, 0.5
+with watchdog.Watchdog(2.0) as watching:
+    watching.beat(3)
+    time.sleep(0.5)
+    ctypes.PyDLL(None).sleep(60)  # holds the interpreter's lock: no thread of Python's runs
+"""
+
+
+def test_a_process_that_is_locked_up_ends_by_a_signal_and_so_is_run_again():
+    done = subprocess.run([sys.executable, "-c", LOCKED], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == -signal.SIGALRM  # 142 in a shell: above 128, as launch/supervise.sh wants it
+    assert "Timeout" in done.stderr
+    assert 'File "<string>", line 8' in done.stderr

@@ -1,6 +1,6 @@
 """Runs that are disturbed for real: signals, kills, flipped bits, full disks, stuck peers.
 
-COVERED: the 25 faults of the house's list, and the tests that inject them. tests/faults/test_all.py looks whether they are there.
+COVERED: the 26 faults of the house's list, and the tests that inject them. tests/faults/test_all.py looks whether they are there.
 """
 
 COVERED = {
@@ -61,5 +61,11 @@ COVERED = {
         "secrets", "tests/faults/test_secrets.py::test_no_secret_is_written_down",
         "tests/faults/test_secrets.py::test_a_signed_address_is_not_written_down",
         "tests/test_push.py::test_the_folder_goes_to_a_private_repository", "tests/test_push.py::test_a_refusal_is_one_sentence_without_the_token",
+    ),
+    26: (
+        "a bucket", "tests/faults/test_bucket.py::test_killed_and_damaged_it_ends_as_a_run_in_a_folder_does",
+        "tests/faults/test_bucket.py::test_two_processes_share_a_bucket",
+        "tests/faults/test_bucket.py::test_a_bucket_that_cannot_be_is_a_sentence",
+        "tests/test_bucket.py::test_wherever_a_save_is_cut_off_a_whole_step_is_found",
     ),
 }  # fmt: skip

@@ -30,15 +30,15 @@ def environ(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", **more}
 
 
-def start(workdir: pathlib.Path, arguments, *, program=MODULE, log: str = "", **more) -> subprocess.Popen:
-    """The run as a process, its output in workdir.log (stdout and stderr)."""
-    command = [sys.executable, *map(str, program), *arguments, f"--workdir={workdir}"]
+def start(workdir: pathlib.Path, arguments, *, program=MODULE, log: str = "", at: str = "", **more) -> subprocess.Popen:
+    """The run as a process, its output in workdir.log (stdout and stderr). `at` is where it writes, if that is no folder."""
+    command = [sys.executable, *map(str, program), *arguments, f"--workdir={at or workdir}"]
     with open(f"{workdir}{log}.log", "a") as output:
         given = {"cwd": ROOT, "stdout": output, "stderr": output, "text": True, "env": environ()} | more
         return subprocess.Popen(command, **given)
 
 
-def start_two(workdir: pathlib.Path, arguments, *, program=MODULE) -> list[subprocess.Popen]:
+def start_two(workdir: pathlib.Path, arguments, *, program=MODULE, at: str = "") -> list[subprocess.Popen]:
     """Two processes of one run; each with its own log, workdir.p0.log and workdir.p1.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def start_two(workdir: pathlib.Path, arguments, *, program=MODULE) -> list[subpr
     both = []
     for i in (0, 1):
         where = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
-        both.append(start(workdir, arguments, program=program, log=f".p{i}", env=environ(**where)))
+        both.append(start(workdir, arguments, program=program, log=f".p{i}", at=at, env=environ(**where)))
     return both
 
 

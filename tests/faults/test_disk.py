@@ -57,7 +57,15 @@ def tiny_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
-KINDS = ("a file", "below a file", "read-only", "a full disk", "no room for a checkpoint", "an object store")
+KINDS = (
+    "a file",
+    "below a file",
+    "read-only",
+    "a full disk",
+    "no room for a checkpoint",
+    "an object store",
+    "no gcsfs",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +75,8 @@ def test_a_workdir_that_cannot_be_is_a_sentence_before_anything_runs(kind, pairs
         "a file": tmp_path / "file",
         "below a file": tmp_path / "file" / "w",
         "read-only": pathlib.Path("/proc/w"),  # not even root's
-        "an object store": "gs://bucket/w",
+        "an object store": "s3://bucket/w",
+        "no gcsfs": "gs://bucket/w",
     }
     options, program = {}, runs.MODULE
     if kind == "a full disk":
@@ -77,6 +86,11 @@ def test_a_workdir_that_cannot_be_is_a_sentence_before_anything_runs(kind, pairs
         program[0].write_text(
             "import shutil, types\nfrom moe_embed import train, verb\n"
             "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)\nverb.run(train.main, copies=True)\n"
+        )
+    if kind == "no gcsfs":
+        program = (tmp_path / "without.py",)
+        program[0].write_text(
+            "import sys\nsys.modules['gcsfs'] = None\nfrom moe_embed import train, verb\nverb.run(train.main, copies=True)\n"
         )
     where = workdir[kind] if kind in workdir else tmp_path / "w"
     command = [sys.executable, *map(str, program), *runs.flags(pairs), f"--workdir={where}"]

@@ -38,7 +38,7 @@ def test_killed_at_random_times_it_ends_with_the_same_weights(long_flags, undist
 def test_one_of_two_killed_ends_the_other(endless_flags, tmp_path, victim):
     workdir = tmp_path / "w"
     both = runs.start_two(workdir, endless_flags)
-    runs.wait_for_step(workdir, 7, *both)
+    runs.wait_for_step(workdir, 12, *both)  # the save at 10 has begun: the one at 5 counts
     both[victim].kill()
     both[victim].wait()
     other = 1 - victim
