@@ -167,3 +167,15 @@ def test_a_writer_without_a_workdir_writes_nothing(tmp_path, monkeypatch, capsys
         writer.step(0, {"loss": 1.0, "tokens": 4.0})
         writer.evaluation(1, {"ndcg": 0.5})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_gets_rows_and_the_figures_that_a_resumed_run_begins_with(tmp_path):
+    sent = []
+    with metrics.Writer(tmp_path, first_step=0, last_step=2, also=lambda *it: sent.append(it)) as writer:
+        writer.step(0, {"tokens": 1.0})
+        writer.evaluation(1, {"ndcg": 0.5})
+    assert [(step, "ndcg" in row) for step, row in sent] == [(0, False), (1, True)]
+    sent.clear()
+    with metrics.Writer(tmp_path, first_step=1, last_step=2, also=lambda *it: sent.append(it)):
+        pass
+    assert sent == [(1, {"ndcg": 0.5})]

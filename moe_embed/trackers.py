@@ -1,0 +1,110 @@
+"""TensorBoard and Weights & Biases, for whoever watches runs there: config.run.log_to=tensorboard,wandb sends them each row.
+
+The workdir's own files stay the record. TensorBoard's are in WORKDIR/tensorboard; W&B takes its account, project and mode from
+the environment (WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE=offline). A tracker that fails during a run is named once and left
+behind: training goes on.
+"""
+
+import contextlib
+import importlib.util
+import pathlib
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from moe_embed import bucket, stored
+from moe_embed.config import UserError
+from moe_embed.fields import first_line
+
+Log = Callable[[int, Mapping[str, float]], None]  # a step and its numbers by name
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+WANDB_ID = "wandb.json"  # in the workdir: a run that continues is the same run there
+
+
+def check(names: Collection[str]) -> None:
+    """UserError for a tracker that does not exist, or whose package is not installed."""
+    for name in names:
+        if name not in PACKAGES:
+            raise UserError(f"config.run.log_to={name} is none of {', '.join(PACKAGES)}.")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise UserError(
+                f'config.run.log_to={name} needs {PACKAGES[name]}, which is not installed: pip install -e ".[trackers]"'
+            )
+
+
+@contextlib.contextmanager
+def opened(
+    names: Collection[str],
+    workdir: pathlib.Path,
+    *,
+    config: dict[str, Any],
+    first_step: int,
+    say: Callable[[str], None] = print,
+) -> Iterator[Log]:
+    """Within it, a function that sends a step's numbers to all trackers of `names`. Steps from `first_step` on come again.
+
+    UserError where one cannot begin: no account, no network.
+    """
+    check(names)
+    if names and bucket.is_remote(workdir):
+        raise UserError(f"config.run.log_to={','.join(names)} writes files of its own, and {workdir} is no folder.")
+    logs, closes, failed = {}, {}, True
+    try:
+        for name in names:
+            begin = {"tensorboard": _tensorboard, "wandb": _wandb}[name]
+            try:
+                logs[name], closes[name] = begin(workdir, config=config, first_step=first_step)
+            except Exception as error:  # whatever a client of a service may throw
+                raise UserError(f"config.run.log_to={name} cannot begin: {_about(error)}") from error
+
+        def log(step: int, row: Mapping[str, float]) -> None:
+            for name in list(logs):
+                try:
+                    logs[name](step, row)
+                except Exception as error:  # a picture elsewhere is no reason to lose a run
+                    del logs[name]
+                    say(f"warning: {name} takes no more rows ({_about(error)}); training goes on without it.")
+
+        yield log
+        failed = False
+    finally:
+        for name, close in closes.items():
+            try:
+                close(failed)
+            except Exception as error:
+                say(f"warning: {name} did not take leave ({_about(error)}).")
+
+
+def _tensorboard(workdir: pathlib.Path, *, config: dict[str, Any], first_step: int) -> tuple[Log, Callable]:
+    import tensorboardX
+
+    folder = workdir / "tensorboard"
+    writer = tensorboardX.SummaryWriter(logdir=str(folder), purge_step=first_step if folder.is_dir() else None)
+
+    def log(step: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, value, step)
+
+    return log, lambda failed: writer.close()
+
+
+def _wandb(workdir: pathlib.Path, *, config: dict[str, Any], first_step: int) -> tuple[Log, Callable]:
+    import wandb
+
+    path = workdir / WANDB_ID
+    if not (first_step and path.is_file()):
+        stored.write_json(path, {"id": secrets.token_hex(8)})
+    run = wandb.init(
+        id=stored.read_json(path)["id"],
+        name=workdir.resolve().name,
+        dir=str(workdir),
+        config=config,
+        resume="allow",
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    run.define_metric("*", step_metric="step")  # its own counter cannot go back to the step of a checkpoint
+    return lambda step, row: run.log({"step": step, **row}), lambda failed: run.finish(exit_code=int(failed))
+
+
+def _about(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error):.300}"
