@@ -130,8 +130,9 @@ def write(
 def write_and_compare(model: Model, path: pathlib.Path, texts: Sequence[str], *, name: str) -> dict:
     """`write`, then {"gguf": the least cosine of llama.cpp's vectors to the model's, or "not run" without llama-cpp-python}.
 
-    Texts that llama.cpp cuts into other tokens are left out, and counted. Also "fold": the largest difference of a number of a vector that folding the shared bias makes. UserError where the cosine
-    is below COSINE or the fold is no identity.
+    `model` computes in float32, as llama.cpp does. Texts that llama.cpp cuts into other tokens are left out, and counted. Also
+    "fold": the largest difference of a number of a vector that folding the shared bias makes. UserError where the cosine is
+    below COSINE or the fold is no identity.
     """
     encoder, moe = model.encoder, model.moe
     write(path, model.params, encoder=encoder, moe=moe, tokenizer=model.tokenizer, name=name)

@@ -7,25 +7,22 @@
 --preset=ours starts as the dense model. The router is nearly flat, so the top_k softmax weights sum to top_k / num_experts,
 and w_down is scaled up by the inverse; its rows are orthogonal to the mean hidden state, or most tokens would begin at the
 same experts. b_down becomes the bias that experts share; b_up, for which an expert has no place, is folded into w_up
-(`exact_direction`). Then every expert gets noise of its own, with a sum of zero over the experts of a layer.
+(`bias_fold`). Then every expert gets noise of its own, with a sum of zero over the experts of a layer.
 
 --preset=contrastors is the public code of Nomic Embed v2 (arXiv 2502.07972): copies, a router drawn from N(0, 0.02), both
 biases lost. It does not start as the dense model. Both presets end with the cosine to the dense model on texts of the sample.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moe_embed import hf_layout, sharding, verb
+from moe_embed import bias_fold, hf_layout, sharding, verb
 from moe_embed.config import Moe, UserError
 from moe_embed.data import sources
 from moe_embed.load import Model, check_model_output, load, save
@@ -36,29 +33,12 @@ from moe_embed.model import layers
 NOISE = 0.02  # the largest that leaves every text above 0.9999
 # A router of std 1e-3: 9e-6; 2.4e-5. Of 1e-4: 9e-8; 2.4e-7. Which experts are chosen does not depend on it.
 ROUTER_STD = {"ours": 1e-4, "contrastors": 0.02}
-# The same, of a bias folded into all six mixtures with an error (rms of x . v - 1; betas shifted to make it large). Exact, in
-# bfloat16, 0.045: 1.6e-5; 2.5e-5, of which 6e-6 is bfloat16's own. 0.15: 1e-4; 1.9e-4. 0.5: 9e-4; 2.6e-3. In float32 all of
-# these 1e-7. Fitted, in both, 0.012: 3e-6; 1.7e-5. 0.03: 3e-5; 2e-4. No bias at all: 0.03; 0.045.
-EXACT_UP_TO = 0.2  # in bfloat16
-FITTED_UP_TO = 0.1
-RIDGE = 1e-3  # of each dim's rms
 SAMPLE = pathlib.Path(__file__).parent / "sample" / "pairs" / "monolingual.jsonl.gz"
 NUM_TEXTS, TEXT_TOKENS = 200, 64  # 8,200 tokens in the sample's pieces, 9,200 in XLM-R's; half of them fit a direction
 
 
-class Fold(NamedTuple):
-    """A direction v with x . v = 1 for every hidden state x that an MLP reads, and how far off it is on real text."""
-
-    v_D: np.ndarray  # float64
-    how: str  # "exact", "fitted" or "exact, for float32 alone"
-    error: float  # rms of x . v - 1 in float32
-    error_bfloat16: float  # with x and v rounded to bfloat16
-
-
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.upcycle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("upcycle", __doc__)
     parser.add_argument("--model", required=True, help="a dense workdir, model folder or Hugging Face folder")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="the model folder to write")
     parser.add_argument("--num_experts", type=int, default=8, help="experts of a mixture (default: 8)")
@@ -121,8 +101,8 @@ def upcycle(
             mixture, about = copies_of(layer, moe, rng=rng), "both biases dropped"
         else:
             if layer["mlp/b_up_F"].any():
-                fold = direction(layer["norm1/scale_D"], layer["norm1/bias_D"], x_TD, layer=i)
-                v_D, about = fold.v_D, _about(fold, layer)
+                fold = bias_fold.direction(layer["norm1/scale_D"], layer["norm1/bias_D"], x_TD, layer=i)
+                v_D, about = fold.v_D, bias_fold.about(fold, layer["norm1/scale_D"], layer["norm1/bias_D"])
             else:
                 v_D, about = np.zeros(dense.encoder.dim), "no bias to fold"
             mixture = experts_of(layer, moe, v_D=v_D, mean_D=x_TD.mean(0, dtype=np.float64), noise=noise, rng=rng)
@@ -202,62 +182,6 @@ def experts_of(
         "w_down_EFD": np.float32(with_noise(down_FD) * (num / moe.top_k)),
         "b_out_D": layer["mlp/b_down_D"],
     }
-
-
-def exact_direction(gamma_D: np.ndarray, beta_D: np.ndarray) -> np.ndarray:
-    """v with (gamma * n + beta) . v = 1 for every n that sums to zero, as LayerNorm makes them; float64.
-
-    v = (1 / gamma) / sum(beta / gamma): the first part sees the sum of n, which is zero. So w_up + outer(v, b_up) is w_up and
-    its bias in one matrix. Infinite or nan where a gamma or the sum is zero.
-    """
-    gamma_D, beta_D = np.asarray(gamma_D, np.float64), np.asarray(beta_D, np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 1 / gamma_D / (beta_D / gamma_D).sum()
-
-
-def fitted_direction(x_TD: np.ndarray) -> np.ndarray:
-    """The v that minimises mean((x . v - 1)^2) when each number of x is off by a RIDGE of its rms; float64.
-
-    That error of x is what keeps v small: it acts as ridge regression, weighted by the size of each dim.
-    """
-    x_TD = np.asarray(x_TD, np.float64)
-    moment_DD = x_TD.T @ x_TD / len(x_TD)
-    scale_D = np.sqrt(np.maximum(np.diag(moment_DD), np.finfo(np.float64).tiny))
-    correlation_DD = moment_DD / np.outer(scale_D, scale_D)
-    return np.linalg.solve(correlation_DD + RIDGE**2 * np.eye(len(scale_D)), x_TD.mean(0) / scale_D) / scale_D
-
-
-def direction(gamma_D: np.ndarray, beta_D: np.ndarray, x_TD: np.ndarray, *, layer: int) -> Fold:
-    """The direction to fold a bias with, held against the second half of the tokens x_TD.
-
-    The exact one where it serves in bfloat16 too; else one fitted to the first half of the tokens, if that serves; else the
-    exact one for float32 alone. UserError where none does: sum(beta / gamma) is next to nothing, or a gamma is.
-    """
-    half = len(x_TD) // 2
-    exact = measured(exact_direction(gamma_D, beta_D), x_TD[half:], how="exact")
-    if exact.error_bfloat16 <= EXACT_UP_TO:
-        return exact
-    fitted = measured(fitted_direction(x_TD[:half]), x_TD[half:], how="fitted")
-    if fitted.error <= FITTED_UP_TO:
-        return fitted
-    if exact.error <= FITTED_UP_TO:
-        return exact._replace(how="exact, for float32 alone")
-    raise UserError(
-        f"layer {layer}'s first MLP bias cannot be folded into its matrix: sum(beta / gamma) of its norm1 is "
-        f"{_sum(gamma_D, beta_D):.2g}, and a fit on text is off by {fitted.error:.2g} (at most {FITTED_UP_TO}); "
-        f"--preset=contrastors drops the bias."
-    )
-
-
-def measured(v_D: np.ndarray, x_TD: np.ndarray, *, how: str) -> Fold:
-    """A Fold of v_D, its errors taken on the hidden states x_TD; they are infinite where v_D is not finite."""
-    if not np.isfinite(v_D).all():
-        return Fold(v_D, how, np.inf, np.inf)
-    errors = []
-    for dtype in (np.float32, jnp.bfloat16):
-        one_T = x_TD.astype(dtype).astype(np.float32) @ v_D.astype(dtype).astype(np.float32)
-        errors.append(float(np.sqrt(np.square(one_T - 1, dtype=np.float64).mean())))
-    return Fold(v_D, how, *errors)
 
 
 def routing(x_TD: np.ndarray, w_router_ED: np.ndarray, *, top_k: int) -> tuple[float, np.ndarray]:
@@ -345,18 +269,6 @@ def _check(dense: Model, arrays: Mapping[str, np.ndarray], moe: Moe, *, noise: f
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f"{dense.origin} has numbers in {name} that are not finite; nothing can start from it.")
-
-
-def _sum(gamma_D: np.ndarray, beta_D: np.ndarray) -> float:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float((np.asarray(beta_D, np.float64) / np.asarray(gamma_D, np.float64)).sum())
-
-
-def _about(fold: Fold, layer: Mapping[str, np.ndarray]) -> str:
-    return (
-        f"bias folded, {fold.how}: sum(beta/gamma) {_sum(layer['norm1/scale_D'], layer['norm1/bias_D']):.3g}, |v| "
-        f"{np.linalg.norm(fold.v_D):.3g}, off by {fold.error:.0e} in float32, {fold.error_bfloat16:.0e} in bfloat16"
-    )
 
 
 def _nest(arrays: Mapping[str, np.ndarray]) -> dict:

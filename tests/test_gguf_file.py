@@ -85,6 +85,17 @@ def test_what_llama_cpp_does_not_compute_is_refused(monkeypatch):
         gguf_file.check(hf_tiny.NOMIC, moe, word_pieces)
 
 
+def test_a_bfloat16_model_is_compared_in_float32(monkeypatch, tmp_path):
+    """Its own rounding is no fault of the fold."""
+    monkeypatch.setattr(export, "_torch_is_here", lambda: False)
+    for name in ("check", "write"):  # need the package gguf
+        monkeypatch.setattr(gguf_file, name, lambda *_, **__: None)
+    monkeypatch.setattr(gguf_file.importlib.util, "find_spec", lambda name: None)
+    model = small_model(dtype="bfloat16")
+    assert export.export(model, tmp_path / "out", gguf=True)["fold"] <= gguf_file.FOLD
+    assert np.abs(with_folded(model).encode(export.TEXTS) - model.encode(export.TEXTS)).max() > gguf_file.FOLD
+
+
 def test_an_export_with_the_bias_folded_is_compared_with_the_model_as_it_was(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "_torch_is_here", lambda: False)
     model = small_model()
