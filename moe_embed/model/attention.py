@@ -1,7 +1,7 @@
 """Attention inside the texts of packed rows: one function, a kernel per platform of the mesh.
 
 TPU: splash attention; CUDA: the Pallas flash attention; both come with jax, take segment ids, and keep no scores. They want
-rows and heads of whole tiles; where a row is none, and on a CPU, scores are computed here: all at once up to BLOCK tokens,
+rows and heads of whole tiles; where a row is none, on a CPU and on a GPU before Ampere, scores are computed here: all at once up to BLOCK tokens,
 above it for one block of queries at a time, computed again in the backward pass. So no [L, L] outlives a block.
 """
 
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from moe_embed.model import capability
 
 with warnings.catch_warnings():  # since jax 0.11 Pallas for Triton warns that it will go (CONTRIBUTING.md, Decisions)
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -31,9 +33,8 @@ def attend(q_BLHK: jax.Array, k_BJHK: jax.Array, v_BJHK: jax.Array, segments_BL:
     length, head_dim = q_BLHK.shape[1], q_BLHK.shape[3]
     if length % LANES or head_dim % 64:
         return in_blocks(q_BLHK, k_BJHK, v_BJHK, segments_BL)
-    return lax.platform_dependent(
-        q_BLHK, k_BJHK, v_BJHK, segments_BL, tpu=on_tpu, cuda=on_gpu, default=in_blocks
-    )  # fmt: skip
+    cuda = capability.choose(on_gpu, otherwise=in_blocks)
+    return lax.platform_dependent(q_BLHK, k_BJHK, v_BJHK, segments_BL, tpu=on_tpu, cuda=cuda, default=in_blocks)
 
 
 def in_blocks(q_BLHK, k_BJHK, v_BJHK, segments_BL) -> jax.Array:

@@ -3,7 +3,7 @@
 Each group is padded to whole tiles of `tile_rows` rows, so a tile has one expert and every row is reduced by a product of one
 fixed shape: a row's result does not depend on its neighbours or on the number of devices. Unused tiles cost nothing.
 The kernel is that of the platform a program is lowered for: megablox, which comes with jax, on TPU; a pair for Triton on
-CUDA; a loop over tiles elsewhere. `jax.lax.ragged_dot` computes all experts on CPU, CUDA and under several libtpu versions; it
+CUDA (capability.py says from which GPU on); a loop over tiles elsewhere. `jax.lax.ragged_dot` computes all experts on CPU, CUDA and under several libtpu versions; it
 is not used.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from moe_embed.model import triton_grouped_matmul
+from moe_embed.model import capability, triton_grouped_matmul
 
 TILE = 128  # rows; a multiple of every platform's lane count
 SMALL_TILE = 16  # where an expert has few rows: a query alone would else be computed with many rows of padding
@@ -61,7 +61,7 @@ def _backward(residuals, dy_XF):
     dw_EDF = lax.platform_dependent(
         x_XD, dy_XF, tile_expert, num_tiles,
         tpu=on(gradient_on_tpu if _whole_lanes(w_EDF) else gradient_in_tiles),
-        cuda=on(triton_grouped_matmul.expert_gradients),
+        cuda=on(capability.choose(triton_grouped_matmul.expert_gradients, otherwise=gradient_in_tiles)),
         default=on(gradient_in_tiles),
     )  # fmt: skip
     return dx_XD, dw_EDF.astype(w_EDF.dtype), None, None
@@ -75,7 +75,7 @@ def _times(rows, w_EDF, tile_expert, num_tiles, *, transposed: bool) -> jax.Arra
     return lax.platform_dependent(
         rows, w_EDF, tile_expert, num_tiles,
         tpu=on(times_on_tpu if _whole_lanes(w_EDF) else times_in_tiles),
-        cuda=on(triton_grouped_matmul.rows_times_experts),
+        cuda=on(capability.choose(triton_grouped_matmul.rows_times_experts, otherwise=times_in_tiles)),
         default=on(times_in_tiles),
     )  # fmt: skip
 
