@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Our models beside published ones: BEIR, MIRACL and MTEB(eng, v2) of each, then one table. Run again, it does what is missing.
+# Our models beside published ones: BEIR, MIRACL and MTEB(eng, v2) of each, then one table. Run again, it does what is missing (with --tasks all of it).
 #   bash launch/paper_table.sh runs/mine my_model               needs a network the first time; figures in runs/paper_table/NAME/
 #   bash launch/paper_table.sh --dry-run runs/mine              says what it would run
 #   bash launch/paper_table.sh --tasks=DIR,DIR runs/mine        these BEIR folders instead, without a network

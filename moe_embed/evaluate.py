@@ -8,7 +8,8 @@
     python -m moe_embed.evaluate --model=runs/demo --task=mteb:NanoBEIR,mteb:MIRACLRetrieval/de --output=r.json --mteb_results=DIR
     python -m moe_embed.evaluate --model=runs/demo --task=A,B --output=steps.jsonl --watch
 
-Writes {"task": {"ndcg@10": ..., "interval": [low, high], "queries": {id: nDCG@10}}}: the interval is a bootstrap's, 95 %. With
+Writes {"task": {"ndcg@10": ..., "interval": [low, high], "queries": {id: nDCG@10}}}: the interval is a bootstrap's, 95 %. Beside
+them stands which model and which texts they are of (results.py). An earlier output is replaced, and said. With
 --dims a task also has "dims": {"64": {...}}, with --precisions "precisions": {"int8": {...}}; with --baseline
 {"moe_embed": {"task": ...}, "bm25": {"task": ...}}. --compare says which of two outputs is better, and how sure that is.
 With --cache the texts of a corpus stay on disk and its vectors go there, for corpora that memory does not hold: the figures are
@@ -17,9 +18,9 @@ Names after mteb: are fetched once (named_tasks.py; pip install -e ".[mteb]"). -
 another process trains, a row of the output each, until the run's last step; started again, it goes on.
 """
 
-import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -28,21 +29,33 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moe_embed import bm25, mteb_results, named_tasks, quantize, retrieval, significance, vector_file, verb
+import moe_embed
+from moe_embed import (
+    bm25,
+    bucket,
+    fields,
+    mteb_results,
+    named_tasks,
+    quantize,
+    retrieval,
+    significance,
+    vector_file,
+    verb,
+)
+from moe_embed import results as results_lib
 from moe_embed.config import UserError
 from moe_embed.data.corpus import Corpus
 from moe_embed.data.sources import Task, read_task
 from moe_embed.load import Model, load
-from moe_embed.retrieval import read_results
 from moe_embed.watch import watch
 
-SURPRISE = ("/de", "/yo")  # MIRACL's last two languages: many papers report the mean of the other 16
+MANY_TEXTS = 1_000  # take long enough to be said
+MANY = {"query": "queries", "document": "documents"}
+WIDTH = 100  # columns of a table
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("evaluate", __doc__)
     parser.add_argument("--model", help="a workdir, or a folder written by export")
     parser.add_argument("--task", help="BEIR folders, or mteb:NAME of tasks and benchmarks, separated by commas")
     parser.add_argument("--output", type=pathlib.Path, help="a .json file; with --watch a .jsonl file")
@@ -63,13 +76,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--compare", help="two earlier outputs, R.json,BASE.json: is the first better?")
     arguments = parser.parse_args(argv)
     if arguments.show:
-        print(table(read_results(arguments.show, "--show")))
+        results = results_lib.read(arguments.show, "--show")
+        print(f"{table(results)}\nof {results_lib.says(results)}")
         return
     if arguments.compare:
         paths = arguments.compare.split(",")
         if len(paths) != 2:
             raise UserError(f"--compare={arguments.compare} must name two outputs of evaluate, as in r.json,base.json.")
-        print(comparison(*(read_queries(pathlib.Path(path)) for path in paths), names=paths))
+        both = [results_lib.read(pathlib.Path(path), "--compare") for path in paths]
+        results_lib.check_same_texts(both, names=paths)
+        compared = comparison(*(queries_of(of, path) for of, path in zip(both, paths, strict=True)), names=paths)
+        for label, path, of in zip(("first", "second"), paths, both, strict=True):
+            print(f"{label:<6}  {path}: {results_lib.says(of)}")
+        print(compared)
         return
     if not (arguments.model and arguments.task and arguments.output):
         parser.error("give --model, --task and --output, or --show=R.json, or --compare=R.json,BASE.json")
@@ -82,23 +101,34 @@ def main(argv: Sequence[str]) -> None:
     }
     if arguments.watch and (set_ := [flag for flag, value in others.items() if value]):
         raise UserError(f"--watch measures steps, without {set_[0]}; evaluate the finished run with that.")
+    if not arguments.watch and (lost := results_lib.check_output(arguments.output, "--output")):
+        print(lost)
     tasks = open_tasks(
         arguments.task, split=arguments.split, downloads=arguments.downloads, on_disk=bool(arguments.cache)
     )
+    if arguments.runs:
+        _check_ids(tasks)
+    if arguments.mteb_results:
+        mteb_results.check(arguments.mteb_results, tasks)
     dims, precisions = _dims(arguments.dims), _precisions(arguments.precisions)
     of_model = functools.partial(
         evaluate, tasks=tasks, dims=dims, precisions=precisions, runs=arguments.runs, cache=arguments.cache
     )
     if arguments.watch:
         names = [task.name for task in tasks]
-        watch(pathlib.Path(arguments.model), arguments.output, lambda model: summary(of_model(model)), tasks=names)
+        watch(bucket.path_of(arguments.model), arguments.output, lambda model: summary(of_model(model)), tasks=names)
         return
     for folder in filter(None, (arguments.runs, arguments.cache, arguments.mteb_results)):
         folder.mkdir(parents=True, exist_ok=True)
-    found = of_model(load(arguments.model))
+    verb.say(f"reading {arguments.model} ...")
+    model = load(arguments.model)
+    name = results_lib.of_model(model, name=arguments.model)
+    found = results_lib.with_facts(of_model(model), tasks, model=name, version=moe_embed.__version__)
     results = {"moe_embed": found}
     if arguments.baseline:
-        results["bm25"] = {task.name: measured(task, bm25.rank(task)) for task in tasks}
+        verb.say("ranking by BM25 ...")
+        ranked = {task.name: measured(task, bm25.rank(task)) for task in tasks}
+        results["bm25"] = results_lib.with_facts(ranked, tasks, model={"name": "bm25"}, version=moe_embed.__version__)
     print(table(results))
     arguments.output.write_text(json.dumps(results if arguments.baseline else found, indent=1) + "\n")
     if arguments.mteb_results:
@@ -123,13 +153,13 @@ def open_tasks(
     return tasks
 
 
-def read_queries(path: pathlib.Path) -> dict[str, dict[str, float]]:
-    """The model's nDCG@10 of each query that an earlier run wrote: task -> query id -> value."""
-    results = next(iter(read_results(path, "--compare").values()))
-    without = [task for task, values in results.items() if "queries" not in values]
+def queries_of(results: dict[str, dict[str, dict]], path: str) -> dict[str, dict[str, float]]:
+    """The model's nDCG@10 of each query in what was read from `path`: task -> query id -> value."""
+    own = next(iter(results.values()))
+    without = [task for task, values in own.items() if "queries" not in values]
     if without:
         raise UserError(f"{path} has no figures of single queries ({without[0]}); evaluate that model again.")
-    return {task: values["queries"] for task, values in results.items()}
+    return {task: values["queries"] for task, values in own.items()}
 
 
 def evaluate(
@@ -148,6 +178,8 @@ def evaluate(
     results, tty, start = {}, sys.stderr.isatty(), time.perf_counter()
 
     def encode(texts: Sequence[str] | Corpus, name: str) -> np.ndarray:
+        if not results or len(texts) >= MANY_TEXTS:  # the first compiles
+            verb.say(f"encoding {fields.count(len(texts), name, MANY[name])} ...")
         if isinstance(texts, Corpus):
             on_disk = vector_file.Texts(texts.values, len(texts), texts.digest)
             return vector_file.cached(model, cache, on_disk, task=model.prompt(name), progress=tty)
@@ -199,6 +231,16 @@ def trec_lines(run: dict[str, dict[str, float]]) -> Iterator[str]:
             yield f"{query_id} Q0 {document_id} {rank} {score:.8g} moe_embed\n"
 
 
+def _check_ids(tasks: Sequence[Task]) -> None:
+    """UserError for ids that a line of `trec_lines` cannot hold: its readers split it at white space."""
+    for task in tasks:
+        for name in itertools.chain(task.queries, task.corpus):
+            if len(name.split()) != 1 or name != name.strip():
+                raise UserError(
+                    f"--runs: {task.name} has the id {name!r:.60}; TREC's format takes none with white space."
+                )
+
+
 def comparison(first: dict, second: dict, *, names: Sequence[str]) -> str:
     """A table of two systems' nDCG@10, task by task on the queries of both, and one line that says which is better."""
     tasks = [task for task in first if task in second]
@@ -223,12 +265,19 @@ def comparison(first: dict, second: dict, *, names: Sequence[str]) -> str:
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """A table of percentages: a row a task, nDCG@10 and recall@10 for each system, and means by kind of task."""
+    """A table of percentages: a row a task, nDCG@10 and recall@10 for each system, and means by kind of task.
+
+    A task's nDCG@10 has its 95 % interval, a baseline's as well where that leaves the table within WIDTH columns.
+    """
     systems = list(results)
     names = list(results[systems[0]])
     width = max(map(len, [*names, "mean cross-lingual"]))
-    lines = [" " * width + "".join(f"  {system:>17}" for system in systems)]
-    lines.append("task".ljust(width) + "  nDCG@10 recall@10" * len(systems))
+    sure = [system for system in systems if all("interval" in results[system][name] for name in names)]
+    if width + 19 * len(systems) + 15 * len(sure) > WIDTH:
+        sure = [system for system in sure if system == systems[0]]
+    lines = [" " * width + "".join(f"  {system:>{32 if system in sure else 17}}" for system in systems)]
+    heads = ("  nDCG@10  95 % interval recall@10" if system in sure else "  nDCG@10 recall@10" for system in systems)
+    lines.append("task".ljust(width) + "".join(heads))
 
     def row(label: str, members: list[str]) -> str:
         cells = ""
@@ -236,7 +285,11 @@ def table(results: dict[str, dict[str, dict]]) -> str:
             ndcg, recall = (
                 100 * retrieval.mean_of(results[system], members, metric) for metric in ("ndcg@10", "recall@10")
             )
-            cells += f"  {ndcg:7.1f} {recall:9.1f}"
+            between = " " * 15 if system in sure else ""
+            if between and label in names:
+                low, high = (100 * end for end in results[system][label]["interval"])
+                between = f"{f'{low:.1f} to {high:.1f}':>15}"
+            cells += f"  {ndcg:7.1f}{between} {recall:9.1f}"
         return label.ljust(width) + cells
 
     lines += [row(name, [name]) for name in names]
@@ -244,7 +297,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     whole = {f"mean of {name.partition('/')[0]}": name.partition("/")[0] for name in names if "/" in name}
     lines += [row(title, [name for name in names if name.startswith(f"{label}/")]) for title, label in whole.items()]
     miracl = [name for name in names if name.lower().startswith("miracl") and "/" in name]
-    sixteen = [name for name in miracl if not name.endswith(SURPRISE)]
+    sixteen = [name for name in miracl if not name.endswith(retrieval.SURPRISE)]
     if 0 < len(sixteen) < len(miracl):
         lines.append(row("without de and yo", sixteen))
     groups = {

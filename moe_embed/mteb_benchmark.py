@@ -7,7 +7,6 @@ and the mean over kinds of task of each kind's mean. mteb keeps each task's resu
 digest of its parameters: run again, what is there is not done again. Retrieval alone is faster by moe_embed.evaluate.
 """
 
-import argparse
 import importlib.util
 import json
 import pathlib
@@ -16,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_embed import verb
+from moe_embed import push, verb
 from moe_embed.config import UserError
 from moe_embed.mteb_model import mteb_model
 
@@ -24,11 +23,7 @@ RESULTS = "~/.cache/moe_embed/mteb"
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.mteb_benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = verb.Parser("mteb_benchmark", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export")
     parser.add_argument("--benchmark", required=True, help="a benchmark of mteb, as in NanoBEIR or MTEB(eng, v2)")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a .json file")
@@ -60,8 +55,9 @@ def run(model: str, benchmark: str, *, results: pathlib.Path) -> dict:
         print(f"{number} of {len(tasks)}: {name}", flush=True)
         try:
             done = mteb.evaluate(wrapped, task, cache=cache, co2_tracker=False, show_progress_bar=sys.stderr.isatty())
-        except OSError as error:  # of the hub's client and its transport
-            raise UserError(f"{name} cannot be fetched: {str(error).splitlines()[0]}") from error
+        except push.network_faults() as error:
+            why = str(error).strip().split("\n")[0] or type(error).__name__
+            raise UserError(f"{name} cannot be fetched: {why}") from error
         scores[name], kinds[name] = float(done.task_results[0].get_score()), task.metadata.type
     return {"benchmark": benchmark, **means(scores, kinds), "tasks": scores}
 

@@ -9,9 +9,7 @@ parameters, so that a model trained further is measured again.
 """
 
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -113,7 +111,7 @@ def of_model(model: Model, *, name: str, embed_dim: int | None = None, max_lengt
     meta = mteb.models.ModelMeta(
         loader=None,
         name=name,
-        revision=digest(model),
+        revision=model.digest,
         experiment_kwargs={key: value for key, value in cut.items() if value is not None} or None,
         embed_dim=embed_dim,
         max_tokens=max_length,
@@ -165,14 +163,3 @@ def figures(model: Model) -> dict[str, int | float]:
     if model.moe.num_experts:  # of a dense model mteb subtracts itself
         counted["n_active_parameters_override"] = active - pieces
     return counted | {"memory_usage_mb": sum(leaf.nbytes for _, leaf in leaves) / 2**20}
-
-
-def digest(model: Model) -> str:
-    """40 hex digits of all that a vector depends on: parameters, shape and dtype of the encoder, tokenizer and prompts."""
-    shape = dataclasses.asdict(model.encoder), dataclasses.asdict(model.moe), model.prompts
-    found = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    found.update(model.tokenizer.model_bytes)
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(model.params), key=lambda item: str(item[0])):
-        found.update(str(path).encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()[:40]

@@ -3,7 +3,7 @@
     DIR/MIRACLRetrieval.json    {"task_name", "dataset_revision", "mteb_version", "evaluation_time", "scores": {"dev":
                                 [{"hf_subset": "de", "languages": ["deu-Latn"], "main_score", "ndcg_at_10", ...}, ...]}}
 
-The parts of one task (languages, splits) share a file. What a plain folder does not say stays unsaid: languages is empty then,
+The parts of one task (languages, splits) share a file, also those of later calls. What a plain folder does not say stays unsaid: languages is empty then,
 the revision "unknown" and the version null. mteb_version is that of the mteb which gave the data: the figures are trec_eval's.
 """
 
@@ -11,6 +11,8 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from moe_embed import stored
+from moe_embed.config import UserError
 from moe_embed.data.sources import Task
 
 METRICS = {"ndcg@10": "ndcg_at_10", "recall@10": "recall_at_10", "mrr@10": "mrr_at_10"}
@@ -20,17 +22,65 @@ MAIN = "ndcg_at_10"
 def write(folder: pathlib.Path, tasks: Sequence[Task], figures: Mapping[str, Mapping]) -> list[pathlib.Path]:
     """Write a file for each of mteb's tasks into `folder`, made if absent; returns the files.
 
-    `figures` is what evaluate measured: {task's name: {"ndcg@10", "recall@10", "mrr@10", "seconds", ...}}.
+    `figures` is what evaluate measured: {task's name: {"ndcg@10", "recall@10", "mrr@10", "seconds", ...}}. Other parts of a
+    task stay as they are there. UserError as in `check`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, members in _by_task(tasks).items():
+        path, found = folder / f"{name}.json", task_result(members, figures)
+        path.write_text(json.dumps(_merged(_earlier(path, members), found), indent=2) + "\n", "utf-8")
+        paths.append(path)
+    return paths
+
+
+def check(folder: pathlib.Path, tasks: Sequence[Task]) -> None:
+    """UserError, before any work, where `folder` has a file of another revision of a task's data, or one that is no TaskResult."""
+    for name, members in _by_task(tasks).items():
+        _earlier(folder / f"{name}.json", members)
+
+
+def _by_task(tasks: Sequence[Task]) -> dict[str, list[Task]]:
     of_task: dict[str, list[Task]] = {}
     for task in tasks:
         of_task.setdefault(task.origin.task, []).append(task)
-    paths = []
-    for name, members in of_task.items():
-        paths.append(folder / f"{name}.json")
-        paths[-1].write_text(json.dumps(task_result(members, figures), indent=2) + "\n", "utf-8")
-    return paths
+    return of_task
+
+
+def _earlier(path: pathlib.Path, tasks: Sequence[Task]) -> dict | None:
+    """What `path` has of the same data; None where nothing is."""
+    if not path.exists():
+        return None
+    try:
+        found = stored.read_json(path)
+        revision, seconds = found["dataset_revision"], found["evaluation_time"]
+        parts = [part["hf_subset"] for of_split in found["scores"].values() for part in of_split]
+        if not isinstance(seconds, int | float) or not all(isinstance(part, str) for part in parts):
+            raise ValueError("its evaluation_time or a hf_subset is of another kind")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no TaskResult of mteb ({error!r:.100}); move it away, or name another folder."
+        ) from error
+    if revision != tasks[0].origin.revision:
+        raise UserError(
+            f"{path} is of revision {revision!r} of the data, and these are of {tasks[0].origin.revision!r}: "
+            "move it away, or name another folder."
+        )
+    return found
+
+
+def _merged(earlier: dict | None, found: dict) -> dict:
+    """`found`, and of `earlier` the parts (split and subset) that it lacks; seconds are of all calls then."""
+    if earlier is None:
+        return found
+    new = {(split, part["hf_subset"]) for split, parts in found["scores"].items() for part in parts}
+    kept = {split: [part for part in parts if (split, part["hf_subset"]) not in new]
+            for split, parts in earlier["scores"].items()}  # fmt: skip
+    if not any(kept.values()):
+        return found
+    scores = {split: [*(kept[split] if split in kept else ()), *parts] for split, parts in found["scores"].items()}
+    scores |= {split: parts for split, parts in kept.items() if parts and split not in scores}
+    return found | {"scores": scores, "evaluation_time": earlier["evaluation_time"] + found["evaluation_time"]}
 
 
 def task_result(tasks: Sequence[Task], figures: Mapping[str, Mapping]) -> dict:

@@ -137,7 +137,11 @@ def _fetch(name: str, subset: str, split: str, place: pathlib.Path) -> None:
     try:
         write(scratch, data["corpus"], data["queries"], data["relevant_docs"], origin=origin)
         scratch.chmod(0o755)  # mkdtemp's folder is its maker's alone
-        scratch.rename(place)
+        try:
+            scratch.rename(place)
+        except OSError:
+            if not place.is_dir():  # else another process was faster with the same
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -7,7 +7,6 @@ BEIR folders). A published figure stands here only where its source could be rea
 and published rows differ in more than the model: prompts, lengths, precision and the versions of data are each author's own.
 """
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ COLUMNS = {
     "eng_retrieval": "its retrieval",
     "tasks": "these tasks",
 }
-BEIR, LANGUAGES, SURPRISE = 15, 18, ("/de", "/yo")  # MIRACL's last two languages are not in everybody's mean
+BEIR, LANGUAGES, BENCHMARK = 15, 18, "MTEB(eng, v2)"
 DCG = (
     "nDCG@10 in %: BEIR the mean of 15, CQADupStack's forums as one; MIRACL of 16 languages (without de, yo) and of 18."
 )
@@ -65,11 +64,7 @@ PUBLISHED = (
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.paper_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = verb.Parser("paper_table", __doc__)
     parser.add_argument(
         "--ours", default="", help="folders of figures, separated by commas; without, the published rows"
     )
@@ -86,10 +81,9 @@ def ours(folder: pathlib.Path) -> Row:
     if (miracl := _read(folder / "miracl.json")) is not None:
         _check(folder / "miracl.json", miracl, LANGUAGES, "MIRACL's 18 languages")
         figures["miracl18"] = _mean(miracl, list(miracl))
-        figures["miracl16"] = _mean(miracl, [name for name in miracl if not name.endswith(SURPRISE)])
+        figures["miracl16"] = _mean(miracl, [name for name in miracl if not name.endswith(retrieval.SURPRISE)])
     if (eng := _read(folder / "mteb.json", key="mean")) is not None:
-        keys = {"eng": eng["mean"], "eng_types": eng["mean_of_types"], "eng_retrieval": eng["types"]["Retrieval"]}
-        figures |= {key: 100 * value for key, value in keys.items()}
+        figures |= _english(folder / "mteb.json", eng)
     if (tasks := _read(folder / "tasks.json")) is not None:
         figures["tasks"] = _mean(tasks, list(tasks))
     if not figures:
@@ -125,6 +119,20 @@ def _read(path: pathlib.Path, *, key: str = "ndcg@10") -> dict | None:
     if not fine:
         raise UserError(f"{path} has no {key!r}; launch/paper_table.sh makes it.")
     return found
+
+
+def _english(path: pathlib.Path, found: dict) -> dict[str, float]:
+    try:
+        benchmark = found["benchmark"]
+        keys = {"eng": found["mean"], "eng_types": found["mean_of_types"], "eng_retrieval": found["types"]["Retrieval"]}
+        figures = {key: 100.0 * value for key, value in keys.items()}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no output of mteb_benchmark on {BENCHMARK} ({error!r}); launch/paper_table.sh makes it."
+        ) from error
+    if benchmark != BENCHMARK:
+        raise UserError(f"{path} is of {benchmark}; these columns are {BENCHMARK}'s.")
+    return figures
 
 
 def _check(path: pathlib.Path, found: Sequence[str], number: int, what: str) -> None:

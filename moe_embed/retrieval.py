@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -12,12 +11,12 @@ import pytrec_eval
 import tqdm
 
 from moe_embed import config as config_lib
-from moe_embed import sharding, stored
-from moe_embed.config import UserError
+from moe_embed import sharding
 from moe_embed.data.corpus import Corpus
 from moe_embed.data.sources import Task
 
 METRICS = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "mrr@10": "recip_rank"}
+SURPRISE = ("/de", "/yo")  # MIRACL's last two languages: many papers report the mean of the other 16
 BLOCK = 16_384  # documents a device scores at once
 QUERIES = 1_024  # queries scored at once
 DEPTH = 100  # documents kept for a query
@@ -173,7 +172,7 @@ def measure(task: Task, run: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def measure_queries(task: Task, run: dict[str, dict[str, float]]) -> dict[str, np.ndarray]:
-    """`measure` before the mean: a value for each query of the task, in its order, by trec_eval's own code."""
+    """`measure` before the mean: of each metric float64 [queries] in [0, 1], in the task's order, by trec_eval's own code."""
     evaluator = pytrec_eval.RelevanceEvaluator(task.relevance, {"ndcg_cut.10", "recall.10"})
     reciprocal = pytrec_eval.RelevanceEvaluator(task.relevance, {"recip_rank"})
     run = counted(task, run)
@@ -194,16 +193,3 @@ def mean_of(figures: dict[str, dict], names: Sequence[str], metric: str) -> floa
     for name in names:
         parts.setdefault(name.partition("/")[0], []).append(figures[name][metric])
     return float(np.mean([np.mean(values) for values in parts.values()]))
-
-
-def read_results(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
-    """What an earlier run wrote, by system: {"moe_embed": {task: {...}}[, "bm25": ...]}."""
-    try:
-        results = stored.read_json(path)
-        first = next(iter(next(iter(results.values())).values()))
-        results = results if isinstance(first, dict) and "ndcg@10" in first else {"moe_embed": results}
-        if not all("ndcg@10" in values for tasks in results.values() for values in tasks.values()):
-            raise ValueError("a task without ndcg@10")
-        return results
-    except (OSError, ValueError, AttributeError, TypeError, StopIteration) as error:
-        raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error

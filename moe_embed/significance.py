@@ -27,11 +27,18 @@ def p_value(differences: Sequence[np.ndarray], *, seed: int = 0) -> float:
     return float((np.sum(np.abs(means) >= found - 1e-12) + 1) / (DRAWS + 1))
 
 
-def verdict(differences: Sequence[np.ndarray], *, names: Sequence[str]) -> str:
-    """One sentence: which of two systems is better at nDCG@10, by how much and how sure, from differences a query."""
+def verdict(differences: Sequence[np.ndarray], *, names: Sequence[str], doubt: str = "") -> str:
+    """One sentence: which of two systems is better at nDCG@10, by how much and how sure, from differences a query.
+
+    `doubt` is why nothing is to be concluded from them, whatever the interval; the figures are given all the same.
+    """
     low, high = (100 * end for end in interval(differences))
     gain, queries = 100 * np.mean([d.mean() for d in differences]), sum(map(len, differences))
     sure = f"95 % interval {low:+.1f} to {high:+.1f}, p = {p_value(differences):.3g}, {queries:,} queries"
+    if doubt:
+        return (
+            f"too little to judge by ({doubt}): {names[0]} beside {names[1]}, {gain:+.1f} points of nDCG@10 ({sure})."
+        )
     if low <= 0 <= high:
         return f"no difference is shown between {names[0]} and {names[1]}: {gain:+.1f} points of nDCG@10 ({sure})."
     return f"{names[0]} is {'better' if gain > 0 else 'worse'} than {names[1]} by {abs(gain):.1f} points of nDCG@10 ({sure})."

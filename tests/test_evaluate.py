@@ -52,10 +52,35 @@ def test_the_table_by_hand():
     assert cells["64"] == ["64", "11.7"]
 
 
+def test_the_table_has_each_tasks_interval_where_it_fits():
+    sure = lambda low, high: figures(0.5, 0.25) | {"interval": [low, high]}  # noqa: E731
+    results = {"moe_embed": {"a": sure(0.45, 0.556), "xling-b": sure(0.0, 1.0)}, "bm25": dict.fromkeys(("a", "xling-b"), sure(0.1, 0.9))}  # fmt: skip
+    lines = evaluate.table(results).splitlines()
+    assert lines[1].split() == ["task", *["nDCG@10", "95", "%", "interval", "recall@10"] * 2]
+    assert lines[2].split() == ["a", "50.0", "45.0", "to", "55.6", "25.0", "50.0", "10.0", "to", "90.0", "25.0"]
+    assert lines[3].split()[2:5] == ["0.0", "to", "100.0"]
+    assert lines[5].split() == [
+        "mean",
+        "monolingual",
+        "50.0",
+        "25.0",
+        "50.0",
+        "25.0",
+    ]  # a figure of a task, not of a mean
+    assert len({len(line) for line in lines[:4]}) == 1
+    long = {system: {"x" * 60 if name == "a" else name: of for name, of in tasks.items()} for system, tasks in results.items()}  # fmt: skip
+    lines = evaluate.table(long).splitlines()
+    assert lines[1].split() == ["task", "nDCG@10", "95", "%", "interval", "recall@10", "nDCG@10", "recall@10"]
+    del results["moe_embed"]["a"]["interval"]  # of an older output
+    assert "to" not in evaluate.table({"moe_embed": results["moe_embed"]}).split()
+
+
 def test_the_table_of_all_shipped_tasks_fits():
     names = [folder.name for folder in TASKS.iterdir() if folder.is_dir()]
     assert len(names) > 5
-    text = evaluate.table({system: dict.fromkeys(names, figures(1.0, 1.0)) for system in ("moe_embed", "bm25")})
+    full = figures(1.0, 1.0) | {"interval": [1.0, 1.0]}
+    text = evaluate.table({system: dict.fromkeys(names, full) for system in ("moe_embed", "bm25")})
+    assert text.count("95 % interval") == 2
     assert max(map(len, text.splitlines())) <= 100
     assert all(f"\n{name} " in text for name in names)
 
@@ -70,7 +95,9 @@ def stand_in(prompts=("query", "document")):
         return (x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)).astype(np.float32)
 
     prompt = lambda name: name if name in prompts else None  # noqa: E731
-    return types.SimpleNamespace(encode=encode, prompt=prompt, asked=asked, mesh=None)
+    return types.SimpleNamespace(
+        encode=encode, prompt=prompt, asked=asked, mesh=None, origin="m (step 3)", digest="ab12"
+    )
 
 
 def test_evaluate_against_a_ranking_by_hand_with_dims():
@@ -115,9 +142,18 @@ def test_the_verb_writes_json_and_names_its_faults(tmp_path, monkeypatch, capsys
         "queries",
         "seconds",
         "dims",
+        "model",
+        "task",
+        "date",
+        "versions",
     }
     assert 0 <= results["moe_embed"][name]["dims"]["8"]["ndcg@10"] < results["bm25"][name]["ndcg@10"] <= 1
-    assert name in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert name in out
+    assert "..." not in out  # what a program may read is figures alone
+    found = results["moe_embed"][name]["task"]
+    said = [f"encoding {found['documents']:,} documents ...", f"encoding {found['queries']:,} queries ..."]
+    assert err.splitlines() == ["reading m ...", *said, "ranking by BM25 ..."]  # no bar where nobody watches
     evaluate.main(arguments)
     assert list(json.loads(output.read_text())) == [name]
     for fault, words in (("--dims=a", "--dims=a"), ("--dims=0", "--dims=0"), ("--dims=13", "13 numbers; .* have 12"),
@@ -139,6 +175,23 @@ def test_queries_intervals_small_vectors_and_runs(tmp_path):
     assert all(float(a[4]) >= float(b[4]) for a, b in itertools.pairwise(lines[:5]))
     read = {q: {line[2]: float(line[4]) for line in lines if line[0] == q} for q in QUERIES}
     assert retrieval.measure(task(), read)["ndcg@10"] == pytest.approx(found["ndcg@10"])
+
+
+@pytest.mark.parametrize("file", ["queries.jsonl", "corpus.jsonl"])
+def test_ids_with_white_space_go_into_no_ranking(tmp_path, file):
+    """A line of one is split at white space by whoever reads it."""
+    root = small_task(tmp_path, "libreoffice-help-en", documents=30)
+    with open(root / file, "a") as lines:
+        lines.write('{"_id": "of two words", "text": "a text"}\n')
+    if file == "queries.jsonl":  # only queries that are judged are asked
+        document = json.loads((root / "corpus.jsonl").read_text("utf-8").splitlines()[0])["_id"]
+        with open(root / "qrels" / "test.tsv", "a") as lines:
+            lines.write(f"\nof two words\t{document}\t1\n")
+    arguments = ["--model=nowhere", f"--task={root}", f"--output={tmp_path / 'r.json'}"]
+    with pytest.raises(UserError, match="has the id 'of two words'; TREC's format takes none with white space"):
+        evaluate.main([*arguments, f"--runs={tmp_path / 'runs'}"])
+    with pytest.raises(UserError, match="holds no model"):
+        evaluate.main(arguments)
 
 
 def small_task(folder: pathlib.Path, name: str, *, documents: int) -> pathlib.Path:
@@ -183,8 +236,9 @@ def test_with_a_cache_the_figures_are_the_same_to_the_last_digit(tmp_path, monke
         evaluate.main([*arguments, f"--output={tmp_path / name}.json", f"--runs={tmp_path / name}", *cache])
         runs = [path.read_text() for path in sorted((tmp_path / name).iterdir())]
         figures = json.loads((tmp_path / f"{name}.json").read_text())
+        assert all(of_task.pop("seconds") > 0 for of_task in figures["moe_embed"].values())
         assert all(
-            of_task.pop("seconds") > 0 for of_task in figures["moe_embed"].values()
+            of_task.pop("date") for of in figures.values() for of_task in of.values()
         )  # all but the time is the same
         found[name] = (json.dumps(figures), runs)
     assert found["plain"] == found["cached"] == found["again"]
@@ -192,6 +246,38 @@ def test_with_a_cache_the_figures_are_the_same_to_the_last_digit(tmp_path, monke
     assert len(list((tmp_path / "v").iterdir())) == 2
     results = json.loads(found["plain"][0])["moe_embed"][names[2]]
     assert results["ndcg@10"] != results["dims"]["8"]["ndcg@10"] > 0
+
+
+def test_an_output_names_its_model_and_is_not_lost_in_silence(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "r.json"
+    arguments = ["--model=m", f"--task={TASKS / 'libreoffice-help-de'}", f"--output={output}"]
+    monkeypatch.setattr(evaluate, "load", lambda path: stand_in())
+    evaluate.main(arguments)
+    assert "will be replaced" not in capsys.readouterr().out
+    (found,) = json.loads(output.read_text()).values()
+    assert found["model"] == {"name": "m", "loaded": "m (step 3)", "began_with": None, "digest": "ab12"}
+    assert set(found["versions"]) == {"moe_embed", "jax", "numpy"}
+    evaluate.main(arguments)
+    assert (
+        f"{output} holds an evaluation of m (step 3), parameters ab12, {found['date'][:10]}; it will be replaced."
+        in (capsys.readouterr().out)
+    )
+    evaluate.main([f"--show={output}"])
+    assert capsys.readouterr().out.endswith(f"\nof m (step 3), parameters ab12, {found['date'][:10]}\n")
+    other = tmp_path / "other.json"
+    other.write_text(output.read_text().replace("m (step 3)", "n (step 9)"))
+    evaluate.main([f"--compare={output},{other}"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"first   {output}: m (step 3), parameters ab12, ")
+    assert said[1].startswith(f"second  {other}: n (step 9), parameters ab12, ")
+    other.write_text(other.read_text().replace(found["task"]["digest"], "0"))
+    with pytest.raises(UserError, match="measured libreoffice-help-de on other documents"):
+        evaluate.main([f"--compare={output},{other}"])
+    output.write_text("notes of mine")
+    monkeypatch.setattr(evaluate, "load", None)
+    with pytest.raises(UserError, match=r"r\.json exists and is no output of evaluate; name another file"):
+        evaluate.main(arguments)
+    assert output.read_text() == "notes of mine"
 
 
 def compare(tmp_path, first: dict, second: dict, capsys) -> str:

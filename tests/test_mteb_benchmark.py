@@ -55,6 +55,13 @@ def test_what_cannot_be_run_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(mteb_benchmark, "mteb_model", lambda path: None)
     with pytest.raises(UserError, match=r"SciFact cannot be fetched: no route to host$"):
         mteb_benchmark.main(arguments)
+    httpx = types.ModuleType("httpx")
+    httpx.HTTPError = type("HTTPError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "httpx", httpx)
+    for fault, words in ((httpx.HTTPError("no network"), "no network"), (TimeoutError(), "TimeoutError")):
+        module.evaluate = lambda *_, fault=fault, **__: (_ for _ in ()).throw(fault)
+        with pytest.raises(UserError, match=f"SciFact cannot be fetched: {words}$"):
+            mteb_benchmark.main(arguments)
     with pytest.raises(UserError, match="--output"):
         mteb_benchmark.main([*arguments, "--output=no/r.json"])
     assert not (tmp_path / "r.json").exists()

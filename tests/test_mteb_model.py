@@ -18,7 +18,7 @@ from moe_embed.data.sources import read_task
 from moe_embed.evaluate import evaluate
 from moe_embed.load import Model
 from moe_embed.model import encoder
-from moe_embed.mteb_model import MtebModel, digest, figures, mteb_model, of_model, prompt_name
+from moe_embed.mteb_model import MtebModel, figures, mteb_model, of_model, prompt_name
 
 TASK = pathlib.Path(moe_embed.__file__).parent / "sample" / "tasks" / "libreoffice-help-en"
 PROMPTS = {"query": "search_query: ", "document": "search_document: "}
@@ -87,7 +87,7 @@ def test_figures_by_hand(model):
 
 
 def test_the_revision_changes_with_what_a_vector_depends_on(model):
-    assert digest(model) == digest(dataclasses.replace(model, origin="elsewhere"))
+    assert model.digest == dataclasses.replace(model, origin="elsewhere").digest
     changed = jax.tree.map(lambda x: x.copy(), model.params)
     jax.tree.leaves(changed)[0].flat[0] += 1e-3
     others = [
@@ -95,7 +95,7 @@ def test_the_revision_changes_with_what_a_vector_depends_on(model):
         dataclasses.replace(model, prompts={"query": "query: "}),
         dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, dtype="bfloat16")),
     ]
-    assert len({digest(model), *map(digest, others)}) == 4
+    assert len({model.digest, *(other.digest for other in others)}) == 4
 
 
 def test_encode_takes_batches_and_gives_rows_in_their_order(model):

@@ -1,10 +1,12 @@
 """mteb's TaskResult layout: by hand, and loaded by mteb's own class."""
 
+import dataclasses
 import json
 
 import pytest
 
 from moe_embed import mteb_results
+from moe_embed.config import UserError
 from moe_embed.data.origin import Origin
 from moe_embed.data.sources import Task
 
@@ -42,6 +44,41 @@ def test_a_file_a_task_with_its_parts(tmp_path):
     }
     assert (miracl["evaluation_time"], miracl["dataset_revision"]) == (3.0, "9c09")
     assert (scifact["mteb_version"], scifact["dataset_revision"]) == (None, "unknown")
+
+
+def test_a_later_call_adds_its_parts_to_a_tasks_file(tmp_path):
+    tasks = some_tasks()
+    figures = some_figures(tasks)
+    mteb_results.write(tmp_path / "together", tasks, figures)
+    for task in tasks:
+        mteb_results.check(tmp_path / "apart", [task])
+        mteb_results.write(tmp_path / "apart", [task], figures)
+    for name in ("MIRACLRetrieval.json", "scifact.json"):
+        assert json.loads((tmp_path / "apart" / name).read_text()) == json.loads(
+            (tmp_path / "together" / name).read_text()
+        )
+    figures[tasks[1].name] |= {"ndcg@10": 0.9}
+    mteb_results.write(tmp_path / "apart", tasks[1:2], figures)
+    again = json.loads((tmp_path / "apart" / "MIRACLRetrieval.json").read_text())
+    assert [(part["hf_subset"], part["main_score"]) for part in again["scores"]["dev"]] == [("de", 0.1), ("yo", 0.9)]
+    test = dataclasses.replace(tasks[0], origin=dataclasses.replace(tasks[0].origin, split="test"))
+    mteb_results.write(tmp_path / "apart", [test], figures)
+    again = json.loads((tmp_path / "apart" / "MIRACLRetrieval.json").read_text())
+    assert {split: len(parts) for split, parts in again["scores"].items()} == {"test": 1, "dev": 2}
+
+
+def test_other_data_and_damaged_files_are_refused_before_the_work(tmp_path):
+    (task, *_) = tasks = some_tasks()
+    mteb_results.write(tmp_path, tasks, some_figures(tasks))
+    other = dataclasses.replace(task, origin=dataclasses.replace(task.origin, revision="beef"))
+    with pytest.raises(
+        UserError, match=r"MIRACLRetrieval\.json is of revision '9c09' of the data, and these are of 'beef'"
+    ):
+        mteb_results.check(tmp_path, [other])
+    for damaged in ("{", "[1]", '{"dataset_revision": "9c09", "scores": {}}'):
+        (tmp_path / "MIRACLRetrieval.json").write_text(damaged)
+        with pytest.raises(UserError, match="is no TaskResult of mteb"):
+            mteb_results.check(tmp_path, [task])
 
 
 @pytest.mark.mteb

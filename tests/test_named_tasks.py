@@ -116,6 +116,29 @@ def test_a_task_is_fetched_once_and_read_as_a_folder(mteb, tmp_path):
     assert (task.loaded, len(said)) == (1, 1)
 
 
+def test_a_task_that_two_fetch_at_once_is_there_once(mteb, tmp_path, monkeypatch):
+    add(mteb, "SciFact")
+    place, write = tmp_path / "SciFact" / "default" / "test", named_tasks.write
+
+    def slower(folder, *rows, **facts):
+        monkeypatch.setattr(named_tasks, "write", write)
+        named_tasks._fetch("SciFact", "default", "test", place)  # the other one
+        write(folder, *rows, **facts)
+
+    monkeypatch.setattr(named_tasks, "write", slower)
+    assert named_tasks.find("mteb:SciFact", folder=tmp_path, say=lambda sentence: None) == [("SciFact", place)]
+    assert [path.name for path in place.parent.iterdir()] == ["test"]
+    assert sources.read_task(str(place)).queries
+
+    def in_the_way(folder, *rows, **facts):
+        write(folder, *rows, **facts)
+        (tmp_path / "other").write_text("a file")
+
+    monkeypatch.setattr(named_tasks, "write", in_the_way)
+    with pytest.raises(OSError, match="other"):
+        named_tasks._fetch("SciFact", "default", "test", tmp_path / "other")
+
+
 def test_languages_parts_and_benchmarks_go_by_mtebs_own_lists(mteb, tmp_path):
     add(mteb, "MIRACLRetrieval", subsets=("de", "yo"), splits=("dev",))
     forum, quiet = add(mteb, "Gis"), lambda sentence: None

@@ -30,7 +30,7 @@ def fill(folder, **files):
 def test_ours_stand_above_the_published_by_hand(tmp_path):
     beir = figures([f"set{i}" for i in range(14)], 0.4) | figures([f"forums/{i}" for i in range(12)], 0.7)
     miracl = figures([f"M/{lang}" for lang in MIRACL], 0.6) | figures(["M/de", "M/yo"], 0.15)
-    eng = {"mean": 0.7, "mean_of_types": 0.65, "types": {"Retrieval": 0.5, "STS": 0.8}}
+    eng = {"benchmark": "MTEB(eng, v2)", "mean": 0.7, "mean_of_types": 0.65, "types": {"Retrieval": 0.5, "STS": 0.8}}
     folder = fill(tmp_path / "mine", beir=beir, miracl=miracl, mteb=eng)
     row = paper_table.ours(folder)
     assert row.figures == {
@@ -61,6 +61,21 @@ def test_part_of_a_benchmark_is_no_figure_of_it(tmp_path):
         ("beir", figures(["a", "b"]), "beir.json has 2 of BEIR's 15 sets"),
         ("miracl", figures(["M/de"]), "miracl.json has 1 of MIRACL's 18 languages"),
         ("mteb", {"nothing": 1}, "mteb.json has no 'mean'"),
+        (
+            "mteb",
+            {"benchmark": "X", "mean": 1, "mean_of_types": 1, "types": {"STS": 1}},
+            "mteb.json is no output .*'Retrieval'",
+        ),
+        (
+            "mteb",
+            {"benchmark": "NanoBEIR", "mean": 1, "mean_of_types": 1, "types": {"Retrieval": 1}},
+            "mteb.json is of NanoBEIR",
+        ),
+        (
+            "mteb",
+            {"benchmark": "X", "mean": "a", "mean_of_types": 1, "types": {"Retrieval": 1}},
+            "mteb.json is no output",
+        ),
         ("tasks", {"a": {"recall": 1}}, "tasks.json has no 'ndcg@10'"),
         ("tasks", [1], "cannot be read"),
         ("tasks", {}, "has no 'ndcg@10'"),
