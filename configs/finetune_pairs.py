@@ -11,6 +11,10 @@ columns (anchor, positive, negative) or FlagEmbedding's (query, pos, neg). Hard 
 A tenth of the pairs is kept out, with all that share a text with them, and searched for before and after: the run ends with one
 sentence and a 95 % interval. Batch size, steps and warm-up follow from the number of pairs (three epochs). A smoke run:
 --config.run.steps=1. Shape, tokenizer and prompts are MODEL's.
+
+Rows follow from the pairs' tokens (rows and row_length are 0): before the first step the run's batches are measured, and rows
+chosen that hold them with little padding and at most three counts of micro-batches, 4,096 tokens each at most. Where memory
+is short, set fewer: --config.data.rows=2 --config.data.row_length=256.
 """
 
 from ml_collections import ConfigDict
@@ -32,8 +36,8 @@ def get_config(variant: str = "") -> ConfigDict:
             batch_size=0,
             query_length=128,
             document_length=256,
-            row_length=512,
-            rows=8,
+            row_length=0,
+            rows=0,
         )
     )
     c.loss = ConfigDict(dict(temperature=0.02, bidirectional=True, false_negative_margin=0.1, balance_coefficient=0.01))

@@ -3,10 +3,11 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from moe_embed import held_out
+from moe_embed import held_out, stored
 from moe_embed.config import Config, UserError
 from moe_embed.data import batches as batches_lib
 from moe_embed.data import inputs
@@ -18,11 +19,17 @@ CARD = "DATA.md"  # in a folder that prepare made, and in a workdir
 HELD_OUT_FROM = 2_000_000  # pairs at most that are read whole, to keep some of them out
 
 
-def open_data(config: Config, *, num_shards: int, tokenizer=None, own: Sequence[int] | None = None, agree=None):
-    """Read the tokenizer (unless one is given), every source and every dev task, and choose the shapes of the batches.
+class Files(NamedTuple):
+    """What `read_files` found."""
 
-    `own` and `agree` are what this process makes of a batch, and how it learns of the others' (batches.Batches).
-    Returns (config with what the data decides, Batches or MlmBatches, tokenizer, [Task], the held-out Task or None).
+    tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.JsonTokenizer | None
+    named: list[list]  # the sources of each of config.data.sources
+    tasks: list[sources_lib.Task]  # of config.data.dev
+
+
+def read_files(config: Config, *, with_tokenizer: bool) -> Files:
+    """Read every source, every dev task and, unless the model brings its own, the tokenizer. No weights are needed for it.
+
     UserError names every file that is at fault, not only the first.
     """
     c, faults = config.data, []
@@ -34,12 +41,32 @@ def open_data(config: Config, *, num_shards: int, tokenizer=None, own: Sequence[
             faults.extend(error.args)
             return []
 
-    tokenizer = tokenizer or read(tokenizer_lib.read, c.tokenizer)
-    kind = MlmBatches if config.loss.objective == "mlm" else batches_lib.Batches
+    tokenizer = read(tokenizer_lib.read, c.tokenizer) if with_tokenizer else None
     named = read(read_sources, config)
     tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
     if faults:
         raise UserError(*faults)
+    return Files(tokenizer, named, tasks)
+
+
+def open_data(
+    config: Config,
+    *,
+    num_shards: int,
+    files: Files | None = None,
+    tokenizer=None,
+    own: Sequence[int] | None = None,
+    agree=None,
+):
+    """Keep pairs out, and choose the shapes of the batches: of `files`, which are read here if they have not been.
+
+    `tokenizer` is the model's, None the files'. `own` and `agree` are what this process makes of a batch, and how it learns
+    of the others' (batches.Batches). Returns (config with what the data decides, Batches or MlmBatches, tokenizer, [Task],
+    the held-out Task or None).
+    """
+    files, c = files or read_files(config, with_tokenizer=tokenizer is None), config.data
+    tokenizer, named = tokenizer or files.tokenizer, files.named
+    kind = MlmBatches if config.loss.objective == "mlm" else batches_lib.Batches
     sources = [source for some in named for source in some]
     for source in sources:
         if source.left_out:
@@ -52,14 +79,14 @@ def open_data(config: Config, *, num_shards: int, tokenizer=None, own: Sequence[
                 "keep a file of pairs out yourself, set it to 0, and name a BEIR folder in config.data.dev."
             )
         sources, held = held_out.split(sources, share=c.held_out)
-    config = held_out.fit(config, num_pairs=sum(map(len, sources)))
+    config = held_out.fit(config, num_pairs=sum(map(len, sources)), num_shards=num_shards)
     weights = _weights(named, c.weights, smoothing=c.smoothing)
     data = dataclasses.replace(config.data, sources=tuple(source.path for source in sources), weights=weights)
     share = {"num_shards": num_shards, "own": own}
     if agree and kind is batches_lib.Batches:
         share["agree"] = agree
     batches = kind(sources, tokenizer, dataclasses.replace(config, data=data), **share)
-    return config, batches, tokenizer, tasks, held
+    return config, batches, tokenizer, files.tasks, held
 
 
 def read_sources(config: Config) -> list[list]:
@@ -85,10 +112,10 @@ def read_sources(config: Config) -> list[list]:
 
 def keep_cards(config: Config, workdir: pathlib.Path) -> None:
     """Copy to `workdir` what prepare said of the data (DATA.md), for the card of an export."""
-    cards = [pathlib.Path(name, CARD) for name in config.data.sources]
+    cards = [pathlib.Path(path, CARD) for name in config.data.sources for path in inputs.find(name)]
     texts = [card.read_text("utf-8") for card in cards if card.is_file()]
     if texts:
-        (workdir / CARD).write_text("\n".join(texts), "utf-8")
+        stored.write_bytes(workdir / CARD, "\n".join(texts).encode())
 
 
 def _weights(named: list[list], weights: tuple[float, ...], *, smoothing: float) -> tuple[float, ...]:

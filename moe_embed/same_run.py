@@ -5,7 +5,7 @@ import pathlib
 import shutil
 from collections.abc import Collection, Sequence
 
-from moe_embed import checkpoint, metrics
+from moe_embed import bucket, checkpoint, metrics
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
 from moe_embed.load import DESCRIPTION, Description, read_description
@@ -18,11 +18,13 @@ MAY_CHANGE = (
     "run.eval_every",
     "run.save_every",
     "run.keep",
+    "run.log_to",
     "run.max_skips",
     "run.watchdog",
     "run.recompute",
     "data.dev",
     "data.rows",
+    "data.row_length",
     "data.workers",
     "loss.form",
 )
@@ -47,17 +49,27 @@ def same_beginning(
 
 
 def workdir_of(text: str) -> pathlib.Path:
-    """A --workdir. UserError for an object store's address, of which a path would make a folder of that name here."""
-    if "://" in text:
-        raise UserError(
-            f"--workdir={text} is an object store, and rows are added to a workdir's files; mount it (gcsfuse, s3fs) "
-            "and name the mounted folder."
-        )
-    return pathlib.Path(text)
+    """A --workdir. UserError for an object store other than gs://, of which a path would make a folder of that name here."""
+    return bucket.path_of(text, flag="--workdir=")
 
 
-def check_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Make or recognise the workdir. UserError if it cannot be written, or holds checkpoints of another config."""
+def check_workdir(config: Config, workdir: pathlib.Path, *, allow: Collection[str] = ()) -> None:
+    """Make or recognise the workdir. UserError if it cannot be written, or holds checkpoints of another config.
+
+    `allow` names parts of the data fingerprint that may change ("seed", "batch_size"), and with them their fields.
+    """
+    if not bucket.is_remote(workdir):
+        _check_folder(workdir)
+    if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
+        before = read_description(workdir)
+        if before.config is None:
+            raise UserError(
+                f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}."
+            )
+        refuse_changes(before.config, config, workdir, allow=allow)
+
+
+def _check_folder(workdir: pathlib.Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "writable").write_bytes(bytes(65536))  # on a full disk an empty file can still be made
@@ -66,13 +78,6 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             (workdir / "writable").unlink()
-    if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
-        before = read_description(workdir)
-        if before.config is None:
-            raise UserError(
-                f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}."
-            )
-        refuse_changes(before.config, config, workdir)
 
 
 def say_if_begun(workdir: pathlib.Path) -> None:
@@ -83,7 +88,9 @@ def say_if_begun(workdir: pathlib.Path) -> None:
 
 
 def check_space(workdir: pathlib.Path, num_bytes: int) -> None:
-    """UserError where the next checkpoint, of so many bytes, would not fit beside those that are there."""
+    """UserError where the next checkpoint, of so many bytes, would not fit beside those that are there; a bucket has no end."""
+    if bucket.is_remote(workdir):
+        return
     free = shutil.disk_usage(workdir).free
     if free < num_bytes:
         raise UserError(
@@ -91,7 +98,7 @@ def check_space(workdir: pathlib.Path, num_bytes: int) -> None:
         )
 
 
-def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
+def refuse_changes(before: Config, now: Config, workdir: pathlib.Path, *, allow: Collection[str] = ()) -> None:
     """A run continues only under the config it began with; the mesh, and how often it saves or evaluates, may change.
 
     So may its length, where the learning rate of a step does not depend on it.
@@ -99,6 +106,7 @@ def refuse_changes(before: Config, now: Config, workdir: pathlib.Path) -> None:
     old, new = config_lib.to_dict(before), config_lib.to_dict(now)
     changed = [f"{s}.{k}" for s in new for k in new[s] if old[s][k] != new[s][k]]
     may_change = MAY_CHANGE + (("run.steps",) if now.optim.schedule in ("constant", "inverse_sqrt") else ())
+    may_change += tuple(f"{section}.{name}" for name in allow for section in config_lib.SECTIONS)
     refused = [name for name in changed if not name.startswith(may_change)]
     if refused:
         value = lambda tree, name: tree[name.split(".")[0]][name.split(".")[1]]  # noqa: E731

@@ -11,7 +11,6 @@ Run again, it continues where it stopped. Each part is a `train` or `upcycle` of
 workdirs: evaluate, export, embed them.
 """
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -24,7 +23,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_embed import config as config_lib
-from moe_embed import held_out, hf_config, hf_folder, hf_layout, metrics, run_data, significance, stored, verb
+from moe_embed import (
+    held_out,
+    hf_config,
+    hf_folder,
+    hf_layout,
+    metrics,
+    preemption,
+    run_data,
+    significance,
+    stored,
+    verb,
+)
 from moe_embed.config import Config, Moe, UserError
 from moe_embed.load import DESCRIPTION, read_description
 
@@ -35,13 +45,13 @@ SMALLEST = 0.05  # share by which the two times may differ before it is said
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.worth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("worth", __doc__, overrides=True)
     parser.add_argument("--config", required=True, help="a config file of `train` with data.held_out above 0")
     parser.add_argument("--init_from", required=True, help="a dense model: a Hugging Face folder or a workdir")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="made if absent, continued if not")
     arguments, overrides = parser.parse_known_args(argv)
+    if str(arguments.workdir).startswith("gs:"):
+        raise UserError("worth compares its runs in a folder here; give it a --workdir that is one.")
     config = config_lib.load(arguments.config, overrides)
     check(config, arguments.init_from)
     config = decided(config)
@@ -178,25 +188,31 @@ def conclude(workdir: pathlib.Path) -> str:
 
 
 def held_out_of(root: pathlib.Path) -> dict[str, dict[str, float]]:
-    """held_out.json of a finished run, which has "before" and "after". UserError if the run was stopped before the latter."""
+    """held_out.json of a finished run, which has "before" and "after". UserError if it cannot be read."""
     try:
         measured = stored.read_json(root / held_out.FILE)
         return {when: measured[when] for when in ("before", "after")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{root} has trained but not measured its held-out queries (it was stopped in between): {error!r}. Remove "
-            f"{root} and run again."
+            f"{root} does not say what its held-out queries scored ({error!r}); remove {root} and run again."
         ) from error
 
 
 def part(name: str, *arguments: str) -> None:
-    """Run a verb as a process of its own: it has the device, and its memory, to itself. UserError where it fails."""
+    """Run a verb as a process of its own: it has the device, and its memory, to itself. UserError where it fails.
+
+    SIGTERM goes to it: `train` saves, and this process ends with its status (preemption.STATUS), or with 143.
+    """
     sys.stdout.flush()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: subprocess then ends the part
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append(child.terminate()))
     try:
-        code = subprocess.run([sys.executable, "-m", f"moe_embed.{name}", *arguments], check=False).returncode
+        with subprocess.Popen([sys.executable, "-m", f"moe_embed.{name}", *arguments]) as child:
+            code = child.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+    if told or code == preemption.STATUS:
+        sys.exit(code if code == preemption.STATUS else 128 + signal.SIGTERM)
     if code:
         raise UserError(f"this part ended with exit code {code}, its reason is above: {name} {' '.join(arguments)}")
 
@@ -212,9 +228,7 @@ def read(workdir: pathlib.Path) -> dict:
 
 def write(workdir: pathlib.Path, state: dict) -> None:
     """Remember it, whole or not at all."""
-    partial = workdir / (FILE + ".partial")
-    partial.write_text(json.dumps(state) + "\n", "utf-8")
-    partial.replace(workdir / FILE)
+    stored.write_json(workdir / FILE, state)
 
 
 if __name__ == "__main__":

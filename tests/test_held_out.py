@@ -110,7 +110,7 @@ def test_a_group_that_is_most_of_the_data_is_no_sample():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([source(single(1))], "1 pairs that all share"),
+        ([source(single(1))], r"^p\.csv has a single pair: none can be kept out"),
         ([source([Pair("a", "b")] * 50)], "50 pairs that all share"),
         ([source([Pair(f"q{i}", "b") for i in range(50)])], "50 pairs that all share"),
         ([source(single(1)), source(single(1, first=5), "two.csv")], "all of its pairs"),
@@ -143,16 +143,41 @@ def test_the_data_decides_what_is_left_open(num_pairs, batch, steps):
 def test_before_and_after_become_a_sentence(tmp_path):
     before = {f"q{i}": x for i, x in enumerate(np.random.default_rng(0).random(100))}
     held_out.remember(tmp_path, before)
-    said = held_out.conclude(tmp_path, {q: x + 0.1 for q, x in before.items()})
+    length = {"steps": 24, "warmup_steps": 2}
+    said = held_out.conclude(tmp_path, {q: x + 0.1 for q, x in before.items()}, **length)
     assert said.startswith(
         "the trained model is better than what it began with by 10.0 points of nDCG@10 (95 % interval"
     )
     written = json.loads((tmp_path / held_out.FILE).read_text())
     assert (written["before"], written["verdict"]) == (before, said)
-    assert "no difference is shown" in held_out.conclude(tmp_path, dict(reversed(before.items())))
+    assert "no difference is shown" in held_out.conclude(tmp_path, dict(reversed(before.items())), **length)
     (tmp_path / held_out.FILE).unlink()
     with pytest.raises(UserError, match="before training"):
-        held_out.conclude(tmp_path, before)
+        held_out.conclude(tmp_path, before, **length)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup_steps", "queries", "doubt"),
+    [
+        (1, 0, 100, "trained for 1 step"),
+        (7, 0, 100, "trained for 7 steps"),
+        (24, 24, 100, "trained for 24 steps, all of them warm-up"),
+        (24, 2, 19, "measured on 19 queries"),
+        (1, 1, 1, "trained for 1 step, all of them warm-up and measured on 1 query"),
+        (8, 2, 20, ""),
+    ],
+)
+def test_little_is_called_little(steps, warmup_steps, queries, doubt, tmp_path):
+    """A difference of 10 points for every query: the interval alone would call it sure."""
+    before = {f"q{i}": 0.5 for i in range(queries)}
+    held_out.remember(tmp_path, before)
+    said = held_out.conclude(tmp_path, {q: 0.6 for q in before}, steps=steps, warmup_steps=warmup_steps)
+    assert ("is better than" in said) == (not doubt)
+    start = (
+        f"too little to judge by ({doubt}): the trained model beside what it began with, +10.0 points of nDCG@10 (95 %"
+    )
+    assert said.startswith(start) == bool(doubt)
+    assert json.loads((tmp_path / held_out.FILE).read_text())["verdict"] == said
 
 
 def test_the_whole_way_from_a_file_of_pairs(tmp_path, capsys):
@@ -175,8 +200,65 @@ def test_the_whole_way_from_a_file_of_pairs(tmp_path, capsys):
     assert f"held out    {len(written['before'])} queries" in said
     assert written["verdict"] in said
     assert "held out: nDCG@10" in said
+    assert said.count("held out: encoding") == 2  # before and after: each may take minutes
     assert written["before"] != written["after"]
     config = read_description(tmp_path / "w").config
     assert config.data.batch_size >= 8
     train.main([*arguments, f"--workdir={tmp_path / 'w'}"])  # again: nothing to do, nothing lost
     assert json.loads((tmp_path / "w" / held_out.FILE).read_text()) == written
+    assert "is finished" in capsys.readouterr().out
+    (tmp_path / "w" / held_out.FILE).write_text(json.dumps({"before": written["before"]}))  # killed after the last save
+    train.main([*arguments, f"--workdir={tmp_path / 'w'}"])
+    assert "still to be measured" in capsys.readouterr().out
+    assert json.loads((tmp_path / "w" / held_out.FILE).read_text()) == written
+
+
+def test_ids_are_a_files_own_and_a_text_is_one_query():
+    """By hand. Id 1 of two files is two queries; one text with two ids is one, and finds the documents of both."""
+    one = source([Pair("alpha", "A doc", id="1"), Pair("alpha", "other doc", id="2")], "a.jsonl")
+    two = source([Pair("beta", "B doc", id="1")], "b.jsonl")
+    pairs, is_out = [*one.pairs, *two.pairs], [True] * 3
+    task = held_out._task(
+        pairs, held_out._groups([("alpha", (0, "1")), ("alpha", (0, "2")), ("beta", (1, "1"))]), is_out
+    )
+    assert sorted(task.queries.values()) == ["alpha", "beta"]
+    found = {task.queries[q]: {task.corpus[d] for d in of} for q, of in task.relevance.items()}
+    assert found == {"alpha": {"A doc", "other doc"}, "beta": {"B doc"}}
+    many = [source([Pair(f"{name} {i}", f"{name} document {i}", id=str(i)) for i in range(200)], name) for name in "ab"]
+    _, task = held_out.split(many, share=0.1)
+    assert all(len(of) == 1 for of in task.relevance.values())
+    assert {text[0] for text in task.queries.values()} == {"a", "b"}
+
+
+def test_a_query_has_its_name_by_its_text():
+    names = [held_out.split([source(single(n))], share=0.1)[1].queries for n in (500, 501)]
+    both = names[0].keys() & names[1].keys()
+    assert len(both) > 80
+    assert all(names[0][name] == names[1][name] for name in both)
+
+
+def test_a_verdict_is_of_its_step_and_of_its_queries(tmp_path):
+    before = {f"q{i}": 0.5 for i in range(100)}
+    held_out.remember(tmp_path, before)
+    assert not held_out.concluded(tmp_path, steps=24)
+    held_out.conclude(tmp_path, before, steps=24, warmup_steps=2)
+    assert held_out.concluded(tmp_path, steps=24)
+    assert not held_out.concluded(tmp_path, steps=48)
+    said = held_out.conclude(tmp_path, {**before, "another": 0.5}, steps=24, warmup_steps=2)
+    assert said.startswith("no verdict: the data has changed")
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_devices_divide_the_batch_that_the_data_decides(devices):
+    c = tiny.config(data={"held_out": 0.1, "batch_size": 0}, run={"steps": 0})
+    found = held_out.fit(c, num_pairs=20, num_shards=devices)
+    assert found.data.batch_size == {1: 2, 3: 3, 8: 8}[devices]
+    assert found.run.steps == -(-60 // found.data.batch_size)
+
+
+def test_a_run_that_continues_has_what_the_data_decided_when_it_began():
+    c = tiny.config(data={"held_out": 0.1, "batch_size": 0}, run={"steps": 0})
+    began = held_out.fit(c, num_pairs=1_000)
+    assert held_out.as_begun(c, began) == began != held_out.fit(c, num_pairs=9_000)
+    set_ = tiny.config(data={"batch_size": 8}, run={"steps": 5})
+    assert held_out.as_begun(set_, began) == set_

@@ -70,3 +70,10 @@ def test_a_workdir_is_made_and_a_file_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         same_run.check_workdir(tiny.config(), tmp_path / "file")
+
+
+def test_what_may_change_by_name_is_no_other_config(tmp_path):
+    before, now = tiny.config(), tiny.config(run={"seed": 5}, data={"batch_size": 16})
+    with pytest.raises(UserError, match=r"config.run.seed=0, not 5"):
+        same_run.refuse_changes(before, now, tmp_path, allow=["files"])
+    same_run.refuse_changes(before, now, tmp_path, allow=["seed", "batch_size"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_embed.data import sizes
+from moe_embed.data.packing import pack
 
 
 def waste(chosen, needed, weight) -> float:
@@ -52,3 +53,46 @@ def test_what_is_always_the_same_is_one_shape():
 
 def test_never_more_than_most():
     assert len(sizes.choose(range(1, 200), [1] * 199, worst=500)) == sizes.MOST
+
+
+def texts(count: int, *, of: int, batches: int, devices: int = 1, seed=0):
+    """Lengths of `count` texts a device, up to `of` tokens each."""
+    rng = np.random.default_rng(seed)
+    return [[rng.integers(4, of + 1, count).tolist() for _ in range(devices)] for _ in range(batches)]
+
+
+def fitted(batches, **fixed):
+    longest = max(n for b in batches for of in b for n in of)
+    return sizes.fit(batches, **{"longest": longest, "row_length": 0, "rows": 0, "texts_per_row": 64} | fixed)
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "devices"), [(16, 40, 1), (16, 200, 1), (512, 100, 1), (512, 100, 4), (64, 250, 2)]
+)
+def test_rows_hold_what_they_must_with_little_padding(count, of, devices):
+    batches = texts(count, of=of, batches=30, devices=devices)
+    length, rows, needed = fitted(batches)
+    assert max(n for b in batches for device in b for n in device) <= length
+    assert rows * length <= sizes.TOKENS
+    for b, micro in zip(batches, needed, strict=True):
+        packed = max(pack(device, row_length=length, texts_per_row=64).num_rows for device in b)
+        assert (micro - 1) * rows < packed <= micro * rows
+    few = sizes.choose(needed, np.ones(30), worst=max(needed), most=sizes.FEW + 1)
+    assert len(few) <= sizes.FEW
+    run = sum(next(m for m in few if m >= n) for n in needed) * rows * length * devices
+    assert sum(sum(map(sum, b)) for b in batches) / run > 0.8
+    fixed = sum(-(-max(pack(device, row_length=512, texts_per_row=64).num_rows for device in b) // 8) for b in batches)
+    assert run <= fixed * 8 * 512 * devices  # what configs/finetune_pairs.py had whatever the texts
+
+
+def test_what_is_set_stays():
+    batches = texts(64, of=100, batches=10)
+    assert fitted(batches, row_length=320)[0] == 320
+    assert fitted(batches, rows=3)[1] == 3
+    assert fitted(batches, rows=3, row_length=320)[:2] == (3, 320)[::-1]
+    assert fitted(batches)[:2] != (320, 3)
+
+
+def test_a_long_text_gets_a_long_row():
+    assert fitted([[[1_000, 5, 5]]])[0] == 1_024
+    assert fitted([[[5, 5, 5]]])[0] < 1_024

@@ -74,7 +74,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         worth.conclude(tmp_path)
     for text in (json.dumps({"before": figures}), "{", "[]"):
         file.write_text(text)
-        with pytest.raises(UserError, match="not measured its held-out queries"):
+        with pytest.raises(UserError, match="does not say what its held-out queries scored"):
             worth.conclude(tmp_path)
 
 
@@ -107,6 +107,11 @@ def test_probes_take_turns_and_their_first_step_does_not_count(tmp_path, monkeyp
     assert found == {"mixture": [1.0, 10.0, 4.0, 40.0], "dense": [2.0, 20.0, 3.0, 30.0]}
     assert worth.ratio_of(found) == pytest.approx((0.5 + 4 / 3) / 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [worth.FILE]
+
+
+def test_a_bucket_is_refused():
+    with pytest.raises(UserError, match="a --workdir that is one"):
+        worth.main(["--config=c.py", "--init_from=m", "--workdir=gs://bucket/w"])
 
 
 def test_what_is_no_question_is_refused(tmp_path):

@@ -20,9 +20,11 @@ from moe_embed.data.packing import Packed, fill_rows, pack
 from moe_embed.data.pairs import Pair
 from moe_embed.data.sources import Source
 from moe_embed.data.tokenizer import Tokenizer
+from moe_embed.fields import count
 
 SAMPLE = 16_384  # pairs whose lengths are looked at beforehand, to choose the sizes of M
 DRAWS = 16  # batches of a group, drawn of those
+LOOKED_AT = 64  # batches of the run that are measured beforehand where the data decides on the rows
 
 
 def document_id(text: str) -> int:
@@ -56,7 +58,7 @@ class Batch:
     counts: dict[str, float]  # useful: share of the tokens in the rows that belong to texts; and what was cut
 
 
-class Shards(NamedTuple):
+class PackedShards(NamedTuple):
     """Own shards of a batch before they are put into rows: ids and where they go, the arrays of pairs, and a Batch's other facts."""
 
     shards: list[tuple[list[np.ndarray], Packed]]
@@ -123,7 +125,10 @@ class Batches:
             steps=config.run.steps,
             seed=config.run.seed,
         )
-        self.sizes = self._choose_sizes(config.run.steps)
+        if self.c.rows and self.c.row_length:
+            self.sizes = self._choose_sizes(config.run.steps)
+        else:
+            self.c, self.sizes = self._fit_rows(config.run.steps)
 
     @property
     def fingerprint(self) -> dict:
@@ -137,15 +142,15 @@ class Batches:
         groups = f", {len(self.groups)} groups" if len(self.groups) > len(self.sources) else ""
         epochs = len(self.mixture.group_of_step) * self.c.batch_size / pairs
         return (
-            f"{pairs:,} pairs in {len(self.sources)} sources{groups}; {self.c.batch_size} pairs a step, "
-            f"{len(self.mixture.group_of_step)} steps = {epochs:.2f} epochs"
+            f"{count(pairs, 'pair')} in {count(len(self.sources), 'source')}{groups}; {count(self.c.batch_size, 'pair')} a step, "
+            f"{count(len(self.mixture.group_of_step), 'step')} = {epochs:.2f} epochs"
         )
 
     def batch_at(self, step: int) -> Batch:
         """The arrays of step `step` that objectives.contrastive takes. Own shards stand side by side along B and N."""
         return self.filled(step, self.packed(step))
 
-    def packed(self, step: int) -> Shards:
+    def packed(self, step: int) -> PackedShards:
         """The work of a batch: its pairs read, and the own ones tokenised and packed. Another process may do it."""
         group, pairs = self.pairs_at(step)
         queries, documents, document_ids, cut = self._texts([pairs[n] for n in self._of_own(np.arange(len(pairs)))])
@@ -154,9 +159,9 @@ class Batches:
         arrays |= {name: self._of_own(array) for name, array in teacher.items()}
         shards = [self._pack_shard(ids) for ids in self._shards(queries, documents)]
         counts = {"cut_queries": cut[0], "cut_documents": cut[1]}
-        return Shards(shards, arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
+        return PackedShards(shards, arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
 
-    def filled(self, step: int, work: Shards) -> Batch:
+    def filled(self, step: int, work: PackedShards) -> Batch:
         """What `packed` made of a step, in rows of the shape that all processes agree on."""
         shards = work.shards
         rows_needed = self.agree(step, max(packed.num_rows for _, packed in shards))
@@ -255,10 +260,42 @@ class Batches:
             micro = np.ceil(tokens * rows / sum(lengths) / c.rows).astype(int)
             needed += [*micro, micro.max() + 1]  # the fullest of a run is a little fuller than the fullest of a few
             weight += [*[share] * DRAWS, share / DRAWS]
+        return sizes.choose(needed, weight, worst=-(-self._worst_rows(c) // c.rows))
+
+    def _fit_rows(self, steps: int) -> tuple[config_lib.Data, tuple[int, ...]]:
+        """The config with the rows and the row_length that suit the lengths of the run's own batches, and the counts of M.
+
+        LOOKED_AT batches at most are measured, spread over the run; they are all of a short one, and then nothing is guessed.
+        """
+        c, known = self.c, {}
+        most = min(steps, LOOKED_AT, max(SAMPLE // c.batch_size, 4))
+        looked_at = np.unique(np.linspace(0, steps - 1, most).astype(int))
+        batches = []
+        for step in looked_at:
+            group, pairs = self.pairs_at(int(step))
+            names = [(group.source, place) for _, place in pairs]
+            new = {name: pair for name, (pair, _) in zip(names, pairs, strict=True) if name not in known}
+            known |= dict(zip(new, self._lengths(list(new.values())), strict=True))
+            n = len(names) // self.num_shards
+            shards = (names[i * n : (i + 1) * n] for i in range(self.num_shards))
+            batches.append([list(itertools.chain.from_iterable(known[name] for name in shard)) for shard in shards])
+        all_of_them = len(looked_at) == steps
+        longest = max(max(of) for of in known.values()) if all_of_them else max(c.query_length, c.document_length)
+        chosen = {"row_length": c.row_length, "rows": c.rows}
+        length, rows, needed = sizes.fit(batches, longest=longest, texts_per_row=c.texts_per_row, **chosen)
+        worst = max(needed)
+        if not all_of_them:
+            needed.append(worst + 1)  # the fullest of a run is a little fuller than the fullest of a few
+            worst = -(-self._worst_rows(dataclasses.replace(c, row_length=length)) // rows)
+        few = sizes.choose(needed, np.ones(len(needed)), worst=worst, most=sizes.FEW + 1)
+        return dataclasses.replace(c, row_length=length, rows=rows), few
+
+    def _worst_rows(self, c: config_lib.Data) -> int:
+        """Rows of a device that no batch exceeds."""
         # A row that refuses a text of at most `cap` tokens already holds row_length // cap texts, or texts_per_row.
         cap = max(c.query_length, c.document_length)
-        worst = -(-n * (2 + c.num_negatives) // min(c.row_length // cap, c.texts_per_row))
-        return sizes.choose(needed, weight, worst=-(-worst // c.rows))
+        num_texts = self.c.batch_size // self.num_shards * (2 + c.num_negatives)
+        return -(-num_texts // min(c.row_length // cap, c.texts_per_row))
 
     def _lengths(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """The tokens of each text of each pair, as they will be packed."""
