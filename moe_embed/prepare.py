@@ -10,15 +10,15 @@ source of its own; inputs are read in parallel and never held in memory. A run t
 again. The same inputs and options give the same bytes.
 """
 
-import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tqdm
 
@@ -32,9 +32,7 @@ SAMPLE_TOKENIZER = pathlib.Path(__file__).parent / "sample" / "tokenizer.model"
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("prepare", __doc__)
     parser.add_argument("--input", help="files, patterns, BEIR folders, tfds:NAME:SPLIT, hf:NAME:SPLIT; commas between")
     parser.add_argument("--output", type=pathlib.Path, help="the folder to make")
     parser.add_argument("--describe", type=pathlib.Path, help="verify a prepared data set and print its card instead")
@@ -88,20 +86,24 @@ def prepare(
     names: Sequence[str], output: pathlib.Path, *, settings: spool.Settings, shard_size: int, processes: int
 ) -> None:
     """Read the inputs `names` and write the data set `output`; prints its card. UserError, and no manifest, at a fault."""
-    order = {"inputs": [spool.identity(name) for name in names], "shard_size": shard_size}  # to know it again
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:  # digests leave Python's lock alone
+        identities = list(pool.map(spool.identity, names))
+    order = {"inputs": identities, "shard_size": shard_size}  # to know it again
+    order |= {"benchmarks": [spool.benchmark_identity(folder) for folder in settings.benchmarks]}
     order |= {"settings": dataclasses.asdict(settings), "format": prepared.FORMAT}
-    work = _begin(output, order)
-    if work is None:
+    order = json.loads(json.dumps(order))  # as it is read back
+    if _is_finished(output, order):
         print(f"{output} is finished: the same inputs and options. Nothing to do.")
         return
-    try:
-        _carry_out(names, output, work, order, settings=settings, shard_size=shard_size, processes=processes)
-    except UserError:
-        if not any(work.glob("*/report.json")):  # no input is read: nothing of it is worth keeping
-            shutil.rmtree(work)
-            if not any(output.iterdir()):
-                output.rmdir()
-        raise
+    with _begun(output, order) as work:
+        try:
+            _carry_out(names, output, work, order, settings=settings, shard_size=shard_size, processes=processes)
+        except UserError:
+            if not any(work.glob("*/report.json")):  # no input is read: nothing of it is worth keeping
+                shutil.rmtree(work)
+                if not any(output.iterdir()):
+                    output.rmdir()
+            raise
 
 
 def _carry_out(
@@ -117,9 +119,8 @@ def _carry_out(
     spool.check(settings)
     folders = [work / f"input-{i:05d}" for i in range(len(names))]
     jobs = [(name, folder, settings) for name, folder in zip(names, folders, strict=True)]
-    by_size = sorted(
-        jobs, key=lambda job: -spool.identity(job[0])["bytes"]
-    )  # the longest first: no core waits at the end
+    sizes = {one["name"]: one["bytes"] for one in order["inputs"]}
+    by_size = sorted(jobs, key=lambda job: -sizes[job[0]])  # the longest first: no core waits at the end
     _all(spool.fill, by_size, processes=processes, label="reading")
     kept = spool.without_copies(folders)
     layout = spool.lay_out(names, folders, kept)
@@ -128,7 +129,7 @@ def _carry_out(
     shards = _all(spool.write_shard, shard_jobs, processes=processes, label="writing")
     spool.write_tfds_metadata(output, shards)
     card = data_card.card(spool.reports(folders), layout, tokenizer=pathlib.Path(settings.tokenizer).name)
-    manifest = {"format": prepared.FORMAT, "order": _lasting(order), "shards": shards, "sources": layout.sources}
+    manifest = {"format": prepared.FORMAT, "order": order, "shards": shards, "sources": layout.sources}
     manifest["card"] = card
     (output / run_data.CARD).write_text(data_card.markdown(card), "utf-8")
     prepared.write_manifest(output, manifest)
@@ -137,35 +138,47 @@ def _carry_out(
     print(f"{output}: {layout.total:,} pairs in {count} shards; --config.data.sources={output}")
 
 
-def _begin(output: pathlib.Path, order: dict) -> pathlib.Path | None:
-    """The folder of the work, new or an earlier call's of the same order; None where `output` is finished."""
-    if (output / prepared.MANIFEST).exists():
-        if prepared.read_manifest(output)["order"] == _lasting(order):
-            return None
-        raise UserError(f"{output} was prepared from other inputs or with other options; name another --output.")
+def _is_finished(output: pathlib.Path, order: dict) -> bool:
+    """Whether this order's data set is at `output`. UserError: another order's is."""
+    if not (output / prepared.MANIFEST).exists():
+        return False
+    if prepared.read_manifest(output)["order"] == order:
+        return True
+    raise UserError(
+        f"{output} was prepared from other inputs or with other options (bytes of inputs and benchmarks count); "
+        "name another --output."
+    )
+
+
+@contextlib.contextmanager
+def _begun(output: pathlib.Path, order: dict) -> Iterator[pathlib.Path]:
+    """The folder of the work, new or an earlier call's of the same order, for this process alone."""
     work = output / WORK
     if output.exists() and not work.is_dir() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} exists and is no prepared data set; name another.")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        if (work / "order.json").exists():
-            if stored.read_json(work / "order.json") != json.loads(json.dumps(order)):
-                raise UserError(
-                    f"{output} was begun from other inputs or with other options; delete it, or name another --output."
-                )
-        else:
-            spool.write_json(work / "order.json", order)
+        lock = stored.open_alone(work / "lock")
+    except BlockingIOError as error:
+        raise UserError(f"another process prepares {output}; wait for it, or name another --output.") from error
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{work / 'order.json'} cannot be read ({error}); delete {output} to start over.") from error
-    return work
-
-
-def _lasting(order: dict) -> dict:
-    """What of an order is in the manifest, as JSON gives it back: not when its files were written."""
-    without_dates = [{key: value for key, value in one.items() if key != "changed"} for one in order["inputs"]]
-    return json.loads(json.dumps(order | {"inputs": without_dates}))
+    with lock:
+        try:
+            if not (work / "order.json").exists():
+                stored.write_json(work / "order.json", order)
+            elif stored.read_json(work / "order.json") != order:
+                raise UserError(
+                    f"{output} was begun from other inputs or with other options (bytes of inputs and benchmarks count); "
+                    "delete it, or name another --output."
+                )
+        except OSError as error:
+            raise UserError(f"--output={output} cannot be written: {error.strerror}.") from error
+        except ValueError as error:
+            raise UserError(
+                f"{work / 'order.json'} cannot be read ({error}); delete {output} to start over."
+            ) from error
+        yield work
 
 
 def _all(work: Callable, jobs: Sequence[tuple], *, processes: int, label: str) -> list:
@@ -198,4 +211,4 @@ def _list(text: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    verb.run(main, copies=False)
+    verb.run(main)

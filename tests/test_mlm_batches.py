@@ -284,7 +284,7 @@ def test_the_unigram_entropy_by_hand():
     assert make(["ka"], batch_size=2).unigram_entropy == 0.0
     assert made.batch_at(0).counts["unigram_entropy"] == made.unigram_entropy
     assert (
-        "3 texts in 1 sources, 1 packed rows; 2 rows a step; the unigram entropy of the text is 1.040 nats"
+        "3 texts in 1 source, 1 packed row; 2 rows a step; the unigram entropy of the text is 1.040 nats"
         in made.summary
     )
 

@@ -77,3 +77,18 @@ def test_rows_keep_their_lines(tmp_path):
     (tmp_path / "b.jsonl").write_text(lines[0] + "\n{}\n")
     with pytest.raises(BadRow, match=r"b.jsonl:2"):
         list(pairs_lib.read_rows(str(tmp_path / "b.jsonl")))
+
+
+def test_a_byte_order_mark_alone_is_a_blank_line(tmp_path):
+    lines = [f'{{"query": "q{i}", "document": "d"}}' for i in range(3)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n" + "\n".join(lines).encode())
+    rows = list(pairs_lib.read_rows(str(tmp_path / "a.jsonl")))
+    assert [(row.line, row.pairs[0].query) for row in rows] == list(zip(lines, ("q0", "q1", "q2"), strict=True))
+
+
+@pytest.mark.parametrize("objective", [{"paired": [["title", "text"]]}, {"triplet": [["title", "text", "other"]]}])
+def test_what_mine_writes_of_nomics_rows_is_read_again(objective):
+    row = {"title": "q", "text": "d", "other": "old", "metadata": {"objective": objective}}
+    pair = of(row)
+    line = pairs_lib.with_negatives(pairs_lib.Row("", row, pair), ["n1", "n2"], [0.9, 0.5, 0.4])
+    assert of(json.loads(line)) == [Pair("q", "d", ("n1", "n2"), scores=(0.9, 0.5, 0.4))] != pair

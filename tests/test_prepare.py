@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,55 @@ def test_the_same_bytes_each_time_and_nothing_twice(tmp_path, capsys):
     write(tmp_path / "b.jsonl", 31, start=40)
     run(f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/three", "--shard_size=30")
     assert files(tmp_path / "one") != files(tmp_path / "three")
+
+
+def test_changed_bytes_of_the_same_length_are_another_order(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", 50)
+    task = tmp_path / "task"
+    shutil.copytree(f"{SAMPLE}/../tasks/libreoffice-help-en", task)
+    arguments = f"--input={tmp_path}/a.jsonl", f"--decontaminate={task}"
+    run(*arguments, f"--output={tmp_path}/done")
+    os.utime(tmp_path / "a.jsonl", (0, 0))  # a copy elsewhere has another date
+    run(*arguments, f"--output={tmp_path}/done")
+    assert "is finished" in capsys.readouterr().out
+
+    def refused(path, old: bytes, new: bytes):
+        before, dates = path.read_bytes(), path.stat()
+        assert old in before
+        path.write_bytes(before.replace(old, new))
+        os.utime(path, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+        for output in ("done", "begun"):
+            with pytest.raises(UserError, match=r"from other inputs .*bytes of inputs and benchmarks count"):
+                run(*arguments, f"--output={tmp_path}/{output}")
+        path.write_bytes(before)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "write_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments, f"--output={tmp_path}/begun")
+    refused(tmp_path / "a.jsonl", b"q7", b"Q7")
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        refused(task / name, b'"text": "', b'"text": ".')
+    refused(next((task / "qrels").glob("*.tsv")), b"1", b"2")
+    run(*arguments, f"--output={tmp_path}/begun")
+    assert files(tmp_path / "begun") == files(tmp_path / "done")
+
+
+def test_one_process_prepares_a_folder(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", 50)
+    arguments, real = (f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out"), spool.write_shard
+
+    def meanwhile(*values):
+        with pytest.raises(UserError, match=r"another process prepares .*out; wait for it"):
+            run(*arguments)
+        return real(*values)
+
+    monkeypatch.setattr(spool, "write_shard", meanwhile)
+    run(*arguments)
+    run(*arguments)  # the lock is gone with its holder
 
 
 def test_describe_verifies(tmp_path, capsys):

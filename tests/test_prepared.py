@@ -110,3 +110,21 @@ def test_damage_inside_a_shard_is_named(copy):
 def test_another_models_vectors_are_refused(made):
     with pytest.raises(UserError, match="plain files only"):
         sources.read_sources(str(made), teacher="big")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["sources"].append({"name": "none", "languages": []}),
+        lambda manifest: manifest["sources"][0]["languages"].append([manifest["sources"][0]["languages"][0][0], 0]),
+        lambda manifest: manifest.pop("order"),
+    ],
+)
+def test_a_manifest_that_prepare_would_not_write(copy, change):
+    manifest = prepared.read_manifest(copy)
+    prepared.write_manifest(copy, manifest)
+    prepared.read_manifest(copy)
+    change(manifest)
+    prepared.write_manifest(copy, manifest)
+    with pytest.raises(UserError, match="no manifest that prepare wrote"):
+        prepared.read_manifest(copy)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import pickle
 import zlib
 
 import numpy as np
@@ -380,3 +381,16 @@ def test_vectors_cut_short_and_an_archive_are_refused(tmp_path):
         path = teacher(tmp_path, query=data, document=GOOD_VECTORS)
         with pytest.raises(UserError, match=r"query\.npy"):
             sources.read_source(path, teacher="big")
+
+
+def test_a_teachers_vectors_go_to_another_process_by_name(tmp_path):
+    x_ND = np.arange(6, dtype=np.float32).reshape(3, 2)
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"query": "q{i}", "document": "d"}}\n' for i in range(3)))
+    for side in sources.SIDES:
+        np.save(tmp_path / f"p.jsonl.t.{side}.npy", np.repeat(x_ND, 4096, 1))
+    source = sources.read_source(str(tmp_path / "p.jsonl"), teacher="t")
+    sent = pickle.dumps(source)
+    assert len(sent) < 2_000
+    again = pickle.loads(sent)
+    np.testing.assert_array_equal(again.teacher["query"], source.teacher["query"])
+    assert again.pairs == source.pairs

@@ -120,3 +120,18 @@ def test_blank_lines_where_a_place_matters():
             rows(data)
     with pytest.raises(UserError, match="p:2 is not UTF-8"):
         rows(b"1\n\xff\n")
+
+
+def test_dates_in_other_columns(tmp_path):
+    """Arrow's own errors are ValueError and OverflowError where a date is beyond Python's; others stay dates."""
+    columns = {"query": ["q"], "document": ["d"]}
+    for kind, value, fault in (("us", 0, None), ("ns", 1, "cannot be read as Parquet"), ("s", 2**40, "cannot be read")):
+        table = pyarrow.table(columns | {"when": pyarrow.array([value], pyarrow.timestamp(kind))})
+        path = str(tmp_path / f"{kind}.parquet")
+        pyarrow.parquet.write_table(table, path, version="2.6", coerce_timestamps=None)
+        if fault is None:
+            (row,) = pairs_lib.read_rows(path)
+            assert json.loads(row.line)["when"] == "1970-01-01 00:00:00"
+        else:
+            with pytest.raises(UserError, match=fault):
+                list(pairs_lib.read_rows(path))

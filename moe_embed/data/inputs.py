@@ -14,6 +14,7 @@ from moe_embed import stored
 from moe_embed.config import UserError
 from moe_embed.data import tables
 from moe_embed.data.tables import BadRow
+from moe_embed.fields import first_line
 
 TFDS, HUB = "tfds:", "hf:"
 SIGNED = re.compile(r"://[^/]*@|\?.*=")  # an address with a password, or with a query that signs it
@@ -65,7 +66,10 @@ def rows(name: str) -> Iterator[tuple[str, dict | BadRow]]:
 
 
 def digest(name: str) -> int:
-    """CRC-32 that changes with the data: of a file's bytes, or of a data set's name and version."""
+    """CRC-32 of a file's bytes, of a TFDS data set's description (its version in it), of a hub data set's name.
+
+    The last does not change with the data: prepare the data set, to be sure.
+    """
     if name.startswith(TFDS):
         return zlib.crc32(str(_builder(name)[0].info).encode())
     if name.startswith(HUB):
@@ -87,9 +91,7 @@ def _builder(name: str):
     try:
         builder = tfds.builder_from_directory(which) if pathlib.Path(which).is_dir() else tfds.builder(which)
     except Exception as error:  # TFDS raises its own kinds, and some of protobuf's and of the network's
-        raise UserError(
-            f"{name} cannot be opened by TFDS: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        raise UserError(f"{name} cannot be opened by TFDS: {first_line(error)}") from error
     if split not in builder.info.splits:
         raise UserError(
             f"{name} has no split {split!r}; it has {', '.join(builder.info.splits) or 'none: prepare it by TFDS first'}."
@@ -133,7 +135,7 @@ def _hub(name: str) -> Iterator[tuple[str, dict | BadRow]]:
         for i, row in enumerate(stream):
             yield f"{name}, row {i + 1}", dict(row)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be read from the hub: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name} cannot be read from the hub: {first_line(error)}") from error
 
 
 def _expected(name: str) -> int | None:

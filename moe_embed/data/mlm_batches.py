@@ -12,6 +12,7 @@ import numpy as np
 from moe_embed import config as config_lib
 from moe_embed.data import batches, mixture, packing
 from moe_embed.data.sources import Texts
+from moe_embed.fields import count
 
 
 class MlmBatches:
@@ -70,7 +71,8 @@ class MlmBatches:
         """One line for a person: how much text, and what a model that knows only how common pieces are would score."""
         texts, rows = sum(map(len, self.sources)), sum(self.mixture.sizes)
         return (
-            f"{texts:,} texts in {len(self.sources)} sources, {rows:,} packed rows; {self.c.batch_size} rows a step; the "
+            f"{count(texts, 'text')} in {count(len(self.sources), 'source')}, {count(rows, 'packed row')}; "
+            f"{count(self.c.batch_size, 'row')} a step; the "
             f"unigram entropy of the text is {self.unigram_entropy:.3f} nats: the loss should go below it"
         )
 

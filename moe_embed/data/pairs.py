@@ -42,7 +42,8 @@ def read_rows(path: str, *, query: str = "query", document: str = "document") ->
     """The rows of a file of pairs in order. BadRow, a UserError, at the first that is none."""
     lines = itertools.repeat("")
     if tables.kind(path) == ".jsonl":
-        lines = (line.decode("utf-8-sig").removesuffix("\n") for line in tables.read_lines(path) if line.strip())
+        decoded = (line.decode("utf-8-sig").removesuffix("\n") for line in tables.read_lines(path))
+        lines = (line for line in decoded if line.strip())  # a byte-order mark alone is a blank line
     make = functools.partial(of_row, query=query, document=document)
     rows, again = itertools.tee(tables.rows(path))
     for pairs, (_, columns) in zip(Tally(path).good_of(rows, make), again, strict=False):  # its checks come at the end
@@ -98,7 +99,7 @@ def of_row(row, where: str, number: int, *, query: str, document: str) -> list[P
         if column not in row:
             side = "query" if column == query else "document"
             raise BadRow(
-                f"{where} has no column {column!r}; it has {', '.join(map(repr, row))}; name it by --config.data.{side}=COLUMN.",
+                f"{where} has no column {column!r}; it has {', '.join(map(repr, row))}; name it by --config.data.{side}=COLUMN (train) or --{side}=COLUMN.",
                 reason="column missing",
             )
     documents = row[positive] if positive in ("documents", "pos") else [row[positive]]
@@ -153,7 +154,9 @@ def _from_objective(row: dict, where: str, query: str, document: str) -> dict:
     if len(columns) == 3:
         negatives = row[columns[2]]
         named["negatives"] = negatives if isinstance(negatives, list) else [negatives]
-    return named | {key: row[key] for key in ("lang", "id", "scores") if key in row}
+    return named | {
+        key: row[key] for key in ("lang", "id", "negatives", "scores") if key in row
+    }  # mined ones come first
 
 
 def name_of(row: dict, key: str, where: str) -> str:
@@ -172,8 +175,10 @@ def _columns(row: dict, document: str) -> tuple[str, str]:
 
 
 def _json(columns: dict) -> str:
-    line = json.dumps(columns, ensure_ascii=False)
-    return json.dumps(columns) if tables.SURROGATE.search(line) else line  # half a pair cannot be said in UTF-8
+    line = json.dumps(columns, ensure_ascii=False, default=str)  # of Parquet: dates
+    return (
+        json.dumps(columns, default=str) if tables.SURROGATE.search(line) else line
+    )  # half a pair cannot be said in UTF-8
 
 
 def _scores(row: dict, where: str, num_documents: int, num_negatives: int) -> tuple[list[float], list[float]]:

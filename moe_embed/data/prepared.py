@@ -190,11 +190,14 @@ def _check(manifest: dict) -> None:
             isinstance(lang, str) and _is_count(count) for lang, count in source["languages"]
         ):
             raise ValueError(f"a source is {source!r}")
+        names = [lang for lang, _ in source["languages"]]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"a source has the languages {names!r:.80}")
         records -= sum(count for _, count in source["languages"])
     if records or not manifest["shards"] or not manifest["sources"]:
         raise ValueError(f"its shards hold {records} records more than its sources")
-    if not isinstance(manifest["card"], dict):
-        raise ValueError("it has no card")
+    if not isinstance(manifest["card"], dict) or not isinstance(manifest["order"], dict):
+        raise ValueError("it has no card, or no order")
 
 
 def _is_count(value) -> bool:
@@ -203,11 +206,7 @@ def _is_count(value) -> bool:
 
 def write_manifest(root: pathlib.Path, manifest: dict) -> None:
     """Put the manifest in its place, whole, with its own digest."""
-    partial = root / (MANIFEST + ".partial")
-    partial.write_text(
-        json.dumps(manifest | {"digest": digest_of(manifest)}, indent=1, ensure_ascii=False) + "\n", "utf-8"
-    )
-    partial.replace(root / MANIFEST)
+    stored.write_json(root / MANIFEST, manifest | {"digest": digest_of(manifest)})
 
 
 def digest_of(value) -> str:

@@ -36,6 +36,14 @@ class Source:
     teacher: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # "query", "document": a row a pair
     left_out: str = ""  # a sentence on its bad rows
 
+    def __getstate__(self) -> dict:
+        """To another process go the names of the teacher's files: a pickled memory map is all of its bytes."""
+        return self.__dict__ | {"teacher": {side: vectors.filename for side, vectors in self.teacher.items()}}
+
+    def __setstate__(self, state: dict) -> None:
+        teacher = {side: stored.map_array(pathlib.Path(name)) for side, name in state["teacher"].items()}
+        self.__dict__.update(state | {"teacher": teacher})
+
     def __len__(self) -> int:
         """Pairs."""
         return len(self.pairs)

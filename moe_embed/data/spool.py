@@ -10,14 +10,16 @@ import hashlib
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from moe_embed import stored
 from moe_embed.config import UserError
-from moe_embed.data import hygiene, inputs, prepared
+from moe_embed.data import hygiene, inputs, prepared, tables
 from moe_embed.data import pairs as pairs_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.data.hygiene import Rules
@@ -25,8 +27,9 @@ from moe_embed.data.pairs import Pair
 from moe_embed.data.sources import read_task
 from moe_embed.data.tally import Tally
 
-FACTS = np.dtype([("key", "<u8"), ("bytes", "<u4"), ("lang", "<u2"), ("query", "<u4"), ("document", "<u4")])
+FACTS = np.dtype([("key", "<u8"), ("bytes", "<u4"), ("lang", "<u4"), ("query", "<u4"), ("document", "<u4")])
 CHUNK = 4096  # pairs tokenised together
+READ = 2**22  # bytes of a file read at once
 BINS = 2 ** np.arange(4, 14)  # of the histogram of tokens: up to 16, 32, ... 8,192, and more
 
 
@@ -65,13 +68,28 @@ def check(settings: Settings) -> None:
 
 
 def identity(name: str) -> dict:
-    """What tells an input from a changed one of the same name, without reading it."""
-    if name.startswith((inputs.TFDS, inputs.HUB)):
-        return {"name": name, "bytes": 0}
+    """What tells an input from a changed one of the same name: of a file the CRC-32 of its bytes, packed as they are.
+
+    Packed they are quickly read, and what is wrong with them is for `fill` to say, which knows the row.
+    """
     path = epath.Path(name)
-    files = sorted(p for p in path.glob("**/*") if p.is_file()) if path.is_dir() else [path]
-    stats = [file.stat() for file in files]
-    return {"name": name, "bytes": sum(s.length for s in stats), "changed": [int(s.mtime) for s in stats]}
+    if name.startswith((inputs.TFDS, inputs.HUB)) or path.is_dir():
+        size = 0 if not path.is_dir() else sum(p.stat().length for p in path.glob("**/*") if p.is_file())
+        return {"name": name, "bytes": size, "digest": inputs.digest(name)}
+    crc = 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(READ):
+                crc = zlib.crc32(chunk, crc)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error}.") from error
+    return {"name": name, "bytes": path.stat().length, "digest": crc}
+
+
+def benchmark_identity(folder: str) -> dict:
+    """What tells a benchmark from a changed one of the same name. UserError where it is no BEIR folder."""
+    files = ("queries.jsonl", "corpus.jsonl", *(f"qrels/{split}.tsv" for split in _splits(folder)))
+    return {"name": folder, "digests": {file: tables.digest(f"{folder}/{file}") for file in files}}
 
 
 def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
@@ -105,7 +123,7 @@ def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
     report = {"name": name, "rows": tally.good + tally.bad.total(), "pairs": seen, "bad": dict(tally.bad)}
     report |= {"examples": tally.first, "dropped": dropped, "langs": list(langs), "digest": inputs.digest(name)}
     report["answers"] = sum(answers)
-    write_json(folder / "report.json", report)
+    stored.write_json(folder / "report.json", report)
 
 
 def _pairs(name: str, tally: Tally, settings: Settings, answers: list[int]) -> Iterator[Pair]:
@@ -152,14 +170,18 @@ def _tokenizer(path: str):
 def _benchmark(folders: tuple[str, ...], ngram: int) -> frozenset[int]:
     texts = []
     for folder in folders:
-        splits = sorted(path.stem for path in (pathlib.Path(folder) / "qrels").glob("*.tsv"))
-        if not splits:
-            raise UserError(f"{folder} is not a BEIR folder: it has no qrels/*.tsv.")
-        for split in splits:
+        for split in _splits(folder):
             task = read_task(folder, split=split)
             texts += task.queries.values()
             texts += {task.corpus[d] for judged in task.relevance.values() for d in judged if d in task.corpus}
     return hygiene.of_benchmarks(texts, ngram)
+
+
+def _splits(folder: str) -> list[str]:
+    splits = sorted(path.stem for path in (pathlib.Path(folder) / "qrels").glob("*.tsv"))
+    if not splits:
+        raise UserError(f"{folder} is not a BEIR folder: it has no qrels/*.tsv.")
+    return splits
 
 
 def without_copies(folders: Sequence[pathlib.Path]) -> list[np.ndarray]:
@@ -208,7 +230,7 @@ def write_shard(output: pathlib.Path, work: pathlib.Path, layout: Layout, number
         os.fsync(file.fileno())
     partial.replace(path)
     shard = {"file": path.name, "records": last - first, "bytes": path.stat().st_size, "sha256": sha256}
-    write_json(done, shard)
+    stored.write_json(done, shard)
     return shard
 
 
@@ -251,13 +273,6 @@ def reports(folders: Sequence[pathlib.Path]) -> list[dict]:
 def report_of(folder: pathlib.Path) -> dict:
     """What `fill` wrote down of one input."""
     return json.loads((folder / "report.json").read_text("utf-8"))
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    partial.replace(path)
 
 
 def _facts(folder: pathlib.Path) -> np.ndarray:

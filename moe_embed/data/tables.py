@@ -277,6 +277,6 @@ def _columns(path: str, name: str, batches) -> Iterator[tuple[str, dict | BadRow
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # Arrow's text is not checked to be UTF-8
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is no UTF-8, dates beyond Python's
         place = f"{path}, row {number + 1}"
         yield place, BadRow(f"{path} cannot be read as {name}: {error}.", reason="file cut off or damaged")

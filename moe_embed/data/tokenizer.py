@@ -12,7 +12,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from moe_embed import stored
+from moe_embed import bucket, stored
 from moe_embed.config import UserError
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
@@ -109,7 +109,7 @@ def _between(first: int, body: Sequence[int], last: int) -> np.ndarray:
 
 def read(path: str | pathlib.Path) -> Tokenizer | JsonTokenizer:
     """The tokenizer in a SentencePiece file or a tokenizer.json; UserError if there is none."""
-    path = pathlib.Path(path)
+    path = bucket.path_of(path)
     if not path.is_file():
         raise UserError(
             "no tokenizer is named: give the model to begin with, --init_from=MODEL, or --config.data.tokenizer=FILE."

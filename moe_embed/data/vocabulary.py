@@ -8,7 +8,7 @@ piece it stands in for, which had lost already. (So is the highest: user-defined
 are all kept has the same pieces, and the same vector.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -91,11 +91,6 @@ def cut_rows(array: np.ndarray, old_V: np.ndarray) -> np.ndarray:
     rows = np.zeros((-(-len(old_V) // MULTIPLE) * MULTIPLE, *array.shape[1:]), array.dtype)
     rows[: len(old_V)] = array[old_V]
     return rows
-
-
-def is_unchanged(ids: Sequence[np.ndarray], old_V: np.ndarray) -> np.ndarray:
-    """Whether a text with these ids of the whole vocabulary keeps all its pieces, bool [N]."""
-    return np.array([bool(np.isin(one, old_V).all()) for one in ids])
 
 
 def _always(proto, tokenizer: Tokenizer, count_V: np.ndarray, prompts: Iterable[str]) -> set[int]:

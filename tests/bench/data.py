@@ -8,6 +8,7 @@ opened in 10 s and 500 MB; step 1,000,000 in a second. Latency is real: reads of
 """
 
 import argparse
+import datetime
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from moe_embed import config as config_lib
 from moe_embed import prepare, run_data
 from moe_embed.data import prepared
 from moe_embed.data import tokenizer as tokenizer_lib
-from tests.bench.ratios import say
+from tests.bench.ratios import machine, say
 
 BATCH, DEVICES, STEPS = 16_384, 8, 6
 HUNDRED_MILLION = 100_000_000
@@ -59,7 +61,11 @@ def main(argv):
 
 
 def tables(flags) -> None:
-    """All parts, one after the other."""
+    """All parts, one after the other, under the date and the machine."""
+    print(f"# Loading, {datetime.date.today().isoformat()}: {flags.data}, {flags.tokenizer}")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("numpy", "sentencepiece", "array_record"))
+    for name, value in machine(versions).items():
+        print(f"{name}: {value}")
     say("useful tokens")
     useful(flags)
     say("one core")
