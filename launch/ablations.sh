@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# The grid of configs/ablations/grid.py, unattended: every variant with three seeds, then the table. Run again, it goes on.
+# The grid of configs/ablations/grid.py, unattended: every variant with three seeds, the dev table, and on the shipped test pages
+# each variant beside the first one, with intervals. Run again, it goes on.
 #   bash launch/ablations.sh                   SEEDS="0 1" VARIANTS="top1 top2" bash launch/ablations.sh --config.run.steps=50
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 ready_venv
 run=${RUN:-runs/ablations}
 seeds=${SEEDS:-0 1 2}
-variants=${VARIANTS:-dense dense_wide top1 top2 every upcycled dense_mlm paper}
+variants=${VARIANTS:-top2 dense dense_wide top1 every upcycled dense_mlm paper}
+tasks=$(printf '%s,' moe_embed/sample/tasks/*)
+tasks=${tasks%,}
 mkdir -p "$run"
 
 parent() { # the dense encoder after masked language modelling, and the same upcycled
@@ -26,7 +29,9 @@ for variant in $variants; do
         esac
         echo "== $variant, seed $seed"
         python -m moe_embed.train --config="configs/ablations/grid.py:$variant" --workdir="$dir" --config.run.seed="$seed" ${from[@]+"${from[@]}"} "$@"
+        [ -f "$dir.json" ] || python -m moe_embed.evaluate --model="$dir" --task="$tasks" --output="$dir.json"
         dirs+=("$dir")
     done
 done
 python -m moe_embed.report --workdir="$(IFS=,; echo "${dirs[*]}")" | tee "$run/table.txt"
+python -m tests.bench.ablations --run="$run" --against="${variants%% *}" | tee "$run/differences.md"

@@ -1,6 +1,7 @@
 """The benchmark's pieces at toy size, so that they do not rot. What they measure is not looked at; what needs torch is in parity/."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from moe_embed import hf_layout
 from moe_embed.infonce import Ids, infonce
 from moe_embed.ring_infonce import ring_infonce
 from tests import hf_tiny
-from tests.bench import devices, inference, losses, ratios, workloads
+from tests.bench import ablations, devices, inference, losses, ratios, workloads
 
 SIZE = workloads.QUICK
 
@@ -136,3 +137,30 @@ def test_the_whole_benchmark_runs_at_toy_size(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "training, shipped lengths" in path.read_text("utf-8")
     assert path.read_text("utf-8") in done.stdout
+
+
+def test_ablations_know_of_seeds_and_queries(tmp_path):
+    """A gain is the mean's; seeds that disagree widen its interval, though queries do not."""
+    rng = np.random.default_rng(0)
+    base = [[rng.random(400), rng.random(300)] for _ in range(3)]
+    for name, seeds in (
+        ("a", base),
+        ("b", [[task + 0.1 for task in tasks] for tasks in base]),
+        ("c", [[task + shift for task in tasks] for tasks, shift in zip(base, (-0.5, 0.0, 0.8), strict=True)]),
+    ):
+        for i, tasks in enumerate(seeds):
+            queries = {
+                f"t{t}": {"ndcg@10": 0.0, "queries": dict(enumerate(map(float, v)))} for t, v in enumerate(tasks)
+            }
+            (tmp_path / f"{name}-seed{i}.json").write_text(json.dumps({"moe_embed": queries}))
+    found = ablations.read(tmp_path)
+    assert {name: len(seeds) for name, seeds in found.items()} == {"a": 3, "b": 3, "c": 3}
+    gain, low, high = ablations.difference(found["b"], found["a"])
+    assert gain == pytest.approx(0.1, abs=1e-9)
+    assert 0.05 < low < 0.1 < high < 0.15
+    gain, low, high = ablations.difference(found["c"], found["a"])
+    assert gain == pytest.approx(0.1, abs=1e-9)
+    assert low < -0.2 < 0.4 < high
+    text = ablations.table(found, against="a")
+    assert "| `b` |" in text
+    assert "+10.0 |" in text

@@ -11,9 +11,9 @@ Variants, each the same steps on the same pairs:
   upcycled     top2 from a dense encoder after MLM (launch/ablations.sh makes it, one for all seeds: the spread is that of the
                contrastive stage alone); dense_mlm is that encoder going on dense
   paper        top2 with the paper's loss: one direction, copies count as negatives, balance 0.125 (see pretrain.py)
-  ours         is top2: both directions, copies masked, balance 0.01
 
-The README has the table of the last run, with its date and machine.
+top2 is what other configs call ours: both directions, copies masked, balance 0.01. Tables of what was run, with date and
+machine, are in tests/bench/results (2026-11-24-ablations.md).
 """
 
 import pathlib

@@ -14,8 +14,8 @@ Presets (arXiv 2502.07972; the README lists every difference):
 Source files are JSONL with "text" and "lang" (or pairs, of which the documents are read). One language a batch, drawn in
 proportion to size ** 0.3. Expect `mlm_loss` to end far below the unigram entropy that the run prints at its start.
 
-Hardware, estimated and not measured here: 10,000 steps are 84 billion tokens, about 6e19 FLOPs with the head at the masked
-places only; at 40 % of peak that is two days of 8 H100 (990 TFLOP/s in bfloat16).
+Hardware, estimated by moe_embed.plan and not measured here: 10,000 steps are 84 billion tokens, 9.1e19 FLOPs with the head
+at the masked places only; on 8 H100, at 60 to 40 % of peak, that is 5.3 to 8.0 hours.
 """
 
 import pathlib

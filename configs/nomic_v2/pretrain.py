@@ -13,8 +13,8 @@ Presets (arXiv 2502.07972; the README lists every difference):
 One source and one language a batch. Expect dev nDCG@10 above its start; from Nomic's unsupervised stage no figure is
 published.
 
-Hardware as reported: 16 H100 for the paper's run; the time is not reported. 97,656 steps are about 2e20 FLOPs at the
-measured mean of 70 tokens a document (estimate): with recomputation, at 40 % of peak, about a day on those.
+Hardware as reported: 16 H100 for the paper's run; the time is not reported. Estimated by moe_embed.plan with 100 tokens a
+pair (--tokens_per_pair) and not measured here: 97,656 steps are 1.1e20 FLOPs, on those 3.3 to 8.9 hours.
 """
 
 import pathlib
