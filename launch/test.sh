@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # torch beside jax, where a CPU build of it exists under the pinned number, and libtpu, which compiles for TPUs without one;
 # elsewhere the run says which tests that costs.
-extras=(test serve)
+extras=(test serve gcs)
 if "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then extras+=(torch); fi
 # Large, and for those who ask: other people's software that opens our exports, runs our models, or executes notebooks.
 for extra in mteb deploy notebooks; do

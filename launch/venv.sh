@@ -26,7 +26,7 @@ ready_venv() {
     fi
     PATH=$PWD/.venv/bin:$PATH
     # XLA's CPU client frees its buffers after each call. What glibc hands back to the kernel is cleared anew when the next call
-    # wants it (up to a third of the time, measured): so huge pages, and one heap that keeps buffers below half a gigabyte.
+    # wants it (up to a third of the time, measured): so huge pages, and one heap that keeps buffers below 64 MiB.
     local keep=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=67108864:glibc.malloc.trim_threshold=268435456
     export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:$keep}
 }

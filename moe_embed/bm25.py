@@ -8,8 +8,6 @@ import itertools
 import logging
 import re
 
-import bm25s
-
 from moe_embed import retrieval
 from moe_embed.data.sources import Task
 
@@ -20,6 +18,8 @@ K1, B = 0.9, 0.4
 
 def rank(task: Task) -> dict[str, dict[str, float]]:
     """A BM25 run (k1 0.9, b 0.4): lower-cased words, Chinese, Japanese and Korean as character bigrams, no stemming."""
+    import bm25s  # here: at its import it computes with jax, before verb.run has said on what
+
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
     documents = list(task.corpus)
     corpus = [words(text) for text in task.corpus.values()]

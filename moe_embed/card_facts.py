@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moe_embed import checkpoint, held_out, retrieval, run_data, stored
+from moe_embed import checkpoint, held_out, results, run_data, stored
 from moe_embed.config import UserError
 from moe_embed.load import DESCRIPTION, read_description
 
@@ -87,7 +87,7 @@ def from_flags(facts: Facts, args: argparse.Namespace) -> Facts:
     if args.base_model and not REPO.fullmatch(args.base_model):
         raise UserError(f"--base_model={args.base_model} is no OWNER/NAME.")
     if args.evaluation:
-        facts = facts._replace(evaluation=retrieval.read_results(args.evaluation, "--evaluation"))
+        facts = facts._replace(evaluation=results.read(args.evaluation, "--evaluation"))
     return facts._replace(license=args.license, languages=codes, base_model=args.base_model or facts.base_model)
 
 

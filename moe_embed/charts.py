@@ -73,11 +73,11 @@ def lines(
         for name, places in of_run.items():
             where = [x for x, _ in _apart([(float(at_x(x)), x) for x in sorted(places)], APART)]
             fill, y = (
-                "none" if name == "skipped" else f"var(--c{lane})",
+                "none" if name == "skipped" else _color(lane),
                 LANE * lane + (6 if name == "evaluation" else 16),
             )
             parts += [
-                f'<path d="{SHAPES[name]}" transform="translate({x:.0f} {y})" style="fill:{fill};stroke:var(--c{lane})"/>'
+                f'<path d="{SHAPES[name]}" transform="translate({x:.0f} {y})" style="fill:{fill};stroke:{_color(lane)}"/>'
                 for x in where
             ]
             if name == "resume":
@@ -96,11 +96,15 @@ def lines(
     )  # fmt: skip
 
 
+def _color(number: int) -> str:
+    return f"var(--c{number % len(page.COLORS)})"  # from the eighth on they come again
+
+
 def _curve(
     line: Line, x: np.ndarray, low: np.ndarray, mean: np.ndarray, high: np.ndarray, *, banded: bool
 ) -> list[str]:
     """Shapes of a curve whose points lie at these places of the picture."""
-    parts, color = [], f"var(--c{line.color % len(page.COLORS)})"
+    parts, color = [], _color(line.color)
     points = lambda x, y: " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))  # noqa: E731
     if banded:
         band = points(np.r_[x, x[::-1]], np.r_[low, high[::-1]])
@@ -160,7 +164,7 @@ def bars(
             width, middle = across * value_RS[r, i] / most, y + thick * (i + 0.5)
             end = width
             parts.append(
-                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:var(--c{i})"/>'
+                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:{_color(i)}"/>'
             )
             if intervals is not None:
                 low, end = (across * float(x) / most for x in intervals[r, i])
@@ -237,10 +241,8 @@ def _legend(series: Sequence[Line], y: float) -> tuple[str, float]:
         if x > LEFT and x + width > page.WIDTH:
             x, y = float(LEFT), y + 16
         dash = ' class="second"' if line.dashed else ""
-        dot = (
-            f'<circle cx="{x + 8:.0f}" cy="{y - 4:.0f}" r="3.2" style="fill:var(--c{line.color % len(page.COLORS)})"/>'
-        )
-        stroke = f'<path{dash} style="stroke:var(--c{line.color % len(page.COLORS)});stroke-width:2" d="M{x:.0f} {y - 4:.0f}h16"/>'
+        dot = f'<circle cx="{x + 8:.0f}" cy="{y - 4:.0f}" r="3.2" style="fill:{_color(line.color)}"/>'
+        stroke = f'<path{dash} style="stroke:{_color(line.color)};stroke-width:2" d="M{x:.0f} {y - 4:.0f}h16"/>'
         text += (
             dot if len(line.x) == 1 else stroke
         ) + f'<text class="name" x="{x + 21:.0f}" y="{y:.0f}">{page.text(line.name)}</text>'

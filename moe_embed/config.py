@@ -6,6 +6,7 @@ is collected and reported together, one sentence a line, exit code 2. Beyond the
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import pathlib
 import typing
@@ -63,7 +64,7 @@ class Data:
     # files, patterns, folders made by prepare, tfds:NAME:SPLIT; a global batch comes from one file
     sources: tuple[str, ...]
     max_bad_fraction: float = 0.0  # of a source's rows that may be left out, counted; 0: the first one stops
-    tokenizer: str  # a SentencePiece model
+    tokenizer: str  # a SentencePiece model, or a tokenizer.json
     batch_size: int  # pairs in a global batch, 0: by how many there are; for the objective mlm: packed rows
     weights: tuple[float, ...] = ()  # how often each source is drawn; () is in proportion to its size ** smoothing
     by_language: bool = False  # also one language per global batch; its size is that over all sources
@@ -76,8 +77,8 @@ class Data:
     document_length: int = 256
     num_negatives: int = 0  # hard negatives taken from a pair's "negatives"
     teacher: str = ""  # vectors to distil: pairs.jsonl + ".<teacher>.query.npy" and ".document.npy", a row a pair
-    row_length: int = 512  # tokens L in a packed row
-    rows: int = 32  # packed rows B of one micro-batch on one device
+    row_length: int = 512  # tokens L in a packed row; 0: by how long the texts are
+    rows: int = 32  # packed rows B of one micro-batch on one device; 0: by the tokens of the run's batches
     texts_per_row: int = 64  # at most S texts share a row
     workers: int = 0  # processes that read, tokenise and pack; 0: a thread of the training process
     held_out: float = 0.0  # share of the pairs kept out of training, and searched for before and after (held_out.py)
@@ -140,6 +141,7 @@ class Run:
     watchdog: int = (
         3600  # seconds without a step (an evaluation, a save) after which a run is stuck, and ends; 0 is never
     )
+    log_to: tuple[str, ...] = ()  # trackers beside the workdir's files: tensorboard, wandb
     max_skips: int = 3  # steps of a run whose loss or gradient may be not finite: skipped; one more ends the run
     recompute: bool = (
         True  # encode again in the backward pass: 4/3 of the FLOPs, one micro-batch of activations (GradCache)
@@ -179,7 +181,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     """
     path, _, variant = spec.partition(":")
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
-        raise UserError(f"--config={spec}: {path} is no Python file; give one that defines get_config(variant).")
+        raise UserError(f"--config={spec}: {_no_file(path)}")
     module_spec = importlib.util.spec_from_file_location("moe_embed_config", path)
     module = importlib.util.module_from_spec(module_spec)
     try:
@@ -197,6 +199,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override, faults)
     return from_dict(tree, faults=faults)
+
+
+def _no_file(path: str) -> str:
+    """What is wrong with a config's path, and which files of nearly that name are there."""
+    here = pathlib.Path(path)
+    folders = dict.fromkeys((here.parent, pathlib.Path("configs"), pathlib.Path("configs") / here.parent.name))
+    there = [str(file) for folder in folders for file in sorted(folder.glob("*.py"))]
+    by_name = {pathlib.Path(file).stem: file for file in reversed(there)}
+    close = [by_name[name] for name in difflib.get_close_matches(here.stem, by_name)]
+    if close:
+        end = f"did you mean {' or '.join(close)}?"
+    else:
+        end = f"there are {', '.join(there)}." if there else "give a file that defines get_config(variant)."
+    what = "is a folder" if here.is_dir() else "is no Python file" if here.exists() else "does not exist"
+    return f"{path} {what}; {end}"
 
 
 def from_dict(tree: dict, *, faults: Sequence[str] = ()) -> Config:
@@ -303,13 +320,16 @@ def _contradictions(c: Config) -> list[str]:
         (not (c.data.workers and c.loss.objective == "mlm"), "config.data.workers is for pairs; mlm packs its texts once: set it to 0."),
         (0 <= c.data.held_out <= 0.5 and not (c.data.held_out and (c.loss.objective == "mlm" or c.data.teacher)),
          f"config.data.held_out={c.data.held_out} must be between 0 and 0.5, and 0 for mlm and with config.data.teacher."),
+        (c.loss.objective != "mlm" or c.data.row_length >= 3 or not c.data.row_length,
+         f"config.data.row_length={c.data.row_length} has no room for a text: <s>, a piece, </s>; give 3 or more."),
         (0 < c.loss.mask_fraction < 1, f"config.loss.mask_fraction={c.loss.mask_fraction} must be between 0 and 1."),
         (c.loss.distill_temperature > 0,
          f"config.loss.distill_temperature={c.loss.distill_temperature} must be positive."),
         (c.loss.objective != "mlm" or not (c.run.eval_every or c.data.num_negatives or c.loss.distill or c.loss.dims),
          "config.loss.objective=mlm reads texts: leave config.run.eval_every, config.data.num_negatives, config.loss.distill "
          "and config.loss.dims out."),
-        (max(c.data.query_length, c.data.document_length) <= c.data.row_length or c.loss.objective == "mlm",
+        (max(c.data.query_length, c.data.document_length) <= c.data.row_length or not c.data.row_length
+         or c.loss.objective == "mlm",
          f"config.data.row_length={c.data.row_length} is shorter than a text's cap (query_length="
          f"{c.data.query_length}, document_length={c.data.document_length}); raise row_length."),
         (min(c.data.query_length, c.data.document_length, c.encoder.max_seq_length) >= 3,
@@ -324,7 +344,7 @@ def _contradictions(c: Config) -> list[str]:
          f"config.mesh is data={c.mesh.data}, expert={c.mesh.expert}: give counts of devices, at most one of them -1."),
     ]  # fmt: skip
     positive = {
-        "data": ("rows", "row_length", "texts_per_row"),
+        "data": ("texts_per_row", *(("rows", "row_length") if c.loss.objective == "mlm" else ())),
         "run": ("save_every", "keep"),
         "optim": ("clip_norm", "epsilon"),
     }
@@ -338,7 +358,7 @@ def _contradictions(c: Config) -> list[str]:
             rules.append((value > 0, f"config.{section}.{key}={value} must be positive."))
     not_negative = {
         "optim": ("learning_rate", "warmup_steps", "weight_decay"),
-        "data": ("num_negatives", "smoothing", "batch_size", "workers"),  # 0: held_out.fit
+        "data": ("num_negatives", "smoothing", "batch_size", "workers", "rows", "row_length"),  # 0: by the data
         "loss": ("balance_coefficient", "false_negative_margin", "distill_weight"),
         "run": ("seed", "eval_every", "steps", "max_skips", "watchdog"),
     }

@@ -3,7 +3,6 @@
 python -m moe_embed.doctor
 """
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -16,15 +15,15 @@ import jax.numpy as jnp
 
 import moe_embed
 from moe_embed import verb
+from moe_embed.model import capability
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "tensorflow-datasets",
             "ml-collections", "torch", "transformers", "sentence-transformers")  # fmt: skip
+KERNELS = {"gpu": "Pallas for Triton", "tpu": "megablox and splash attention"}  # of jax; the rest is XLA's own
 
 
 def main(argv: Sequence[str]) -> None:
-    argparse.ArgumentParser(
-        prog="python -m moe_embed.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
+    verb.Parser("doctor", __doc__).parse_args(argv)
     for name, value in facts().items():
         print(f"{name:<12} {value}")
 
@@ -40,6 +39,7 @@ def facts() -> dict[str, str]:
         "cores": f"{os.cpu_count()}",
         "memory": _memory(devices[0]),
         "bfloat16": _bfloat16(devices[0]),
+        "kernels": capability.too_old(devices) or KERNELS.get(devices[0].platform) or "XLA's own",
         "multiply": f"{multiply_rate(jnp.float32):,.0f} GFLOP/s float32, {multiply_rate(jnp.bfloat16):,.0f} bfloat16 "
         "(2048 x 2048, one device)",
         "disk": f"{shutil.disk_usage('.').free / 2**30:,.0f} GiB free here",

@@ -9,7 +9,6 @@ check and count its lines, and then as it is encoded. Run again, a command that 
 queries: a line each from the terminal, or from --input.
 """
 
-import argparse
 import functools
 import pathlib
 import shutil
@@ -25,9 +24,7 @@ from moe_embed.load import Model, load
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("embed", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export")
     parser.add_argument("--input", help="a .jsonl or .jsonl.gz file, or - for standard input")
     parser.add_argument("--output", type=pathlib.Path, help="a .npy file: [lines, dim], unit norm")
@@ -81,6 +78,8 @@ def _typed():
             line = input(prompt)
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError("standard input is not UTF-8; the queries have to be.") from error
         if not line.strip():
             return
         yield line

@@ -12,6 +12,7 @@ import jax
 from moe_embed import config as config_lib
 from moe_embed import objectives, sharding
 from moe_embed import topology as topology_lib
+from moe_embed.config import UserError
 from moe_embed.ring_infonce import TILE
 
 FLOAT = 4  # bytes of a number in master parameters, moments, gradients, pooled vectors and scores
@@ -45,6 +46,11 @@ def tokens_per_pair(config: config_lib.Config) -> int:
 def step_of(config: config_lib.Config, *, num_devices: int, tokens_a_pair: float) -> Step:
     """The micro-batches that hold a device's pairs, packed without a gap."""
     c = config.data
+    if not (c.rows and c.row_length):
+        raise UserError(
+            f"config.data.rows={c.rows} and config.data.row_length={c.row_length}: train sets what is 0 by the texts; here "
+            "nothing is read, give both."
+        )
     items = c.batch_size // num_devices
     if config.loss.objective == "mlm":
         num_micro = -(-items // c.rows)

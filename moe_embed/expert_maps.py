@@ -17,7 +17,7 @@ def against_mean(share_NE: np.ndarray) -> tuple[np.ndarray, float]:
     """Groups' shares of experts -> (log2 of each over the mean of the groups, normalised mutual information).
 
     The information is that of expert and group over the entropy of the experts: 0 where all groups choose alike, 1 where the
-    group is known from the expert.
+    expert is known from the group.
     """
     mean_E = share_NE.mean(0)
     ratio_NE = np.log2(np.maximum(share_NE, 1e-6) / np.maximum(mean_E, 1e-6))

@@ -13,8 +13,8 @@ the measured differences. --onnx adds onnx/model.onnx (moe_embed/torch_files/to_
 model-f16.gguf for llama.cpp (gguf_file.py), compared where llama-cpp-python is installed.
 """
 
-import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -30,6 +30,7 @@ import numpy as np
 import safetensors.numpy
 
 from moe_embed import (
+    bucket,
     calibrate,
     card_facts,
     gguf_file,
@@ -38,6 +39,7 @@ from moe_embed import (
     model_card,
     push,
     sharding,
+    stored,
     tokenizer_json,
     verb,
 )
@@ -48,9 +50,10 @@ TOLERANCE = 1e-5  # largest difference of a number of a unit vector, float32
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
 MODEL_FILE = "modeling_moe_embed.py"
 FILES = {  # what an export may consist of
-    "config.json", "model.safetensors", "modules.json", "1_Pooling", "sentence_bert_config.json", MODEL_FILE,
+    "config.json", "model.safetensors", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", MODEL_FILE,
     "config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "sentencepiece.bpe.model", "parity.json", "README.md", "onnx", gguf_file.FILE, calibrate.FILE,
+    "sentencepiece.bpe.model", "parity.json", "README.md", "onnx/model.onnx", "onnx/model.onnx.data", gguf_file.FILE,
+    calibrate.FILE,
 }  # fmt: skip
 FORMS = {
     "nomic_bert": "NomicBert-MoE layout, rotary positions, with its own torch file (trust_remote_code=True)",
@@ -86,7 +89,8 @@ def export(
 ) -> dict:
     """Write `model` to the folder `output`; returns the parity report, which is also in its parity.json.
 
-    An earlier export at `output` is replaced. Anything else there is refused, or with `force` moved to `output`.bak.
+    An earlier export at `output` is replaced. Anything else there, and an export whose README.md was edited or that holds
+    files of other makers, is refused, or with `force` moved to `output`.bak.
     A head of masked language modelling stays behind, and that is printed. With `onnx` the folder also has onnx/model.onnx,
     with `gguf` model-f16.gguf, with `calibration_texts` (documents) calibration.json. `fold_shared_bias` writes weights of the
     same function without the experts' shared bias, compared with the model as it is. `facts` go into the card.
@@ -94,12 +98,10 @@ def export(
     """
     output = pathlib.Path(output).resolve()
     occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    foreign = occupied and not {"parity.json", "config.json"} <= names <= FILES
+    foreign = _foreign(output) if occupied else ""
     if foreign and not force:
-        others = f" (it also holds {', '.join(sorted(names - FILES)[:5])})" if "parity.json" in names else ""
         raise UserError(
-            f"{output} is not empty and is no earlier export{others}; name another folder, or move it by --force."
+            f"{output} is not empty and is no earlier export{foreign}; name another folder, or move it by --force."
         )
     if onnx:
         _check_onnx(hf_layout.model_type(model.encoder, model.moe))
@@ -118,11 +120,13 @@ def export(
         written = model
         if fold_shared_bias:
             written = dataclasses.replace(model, params=gguf_file.fold_shared_bias(model.params, moe=model.moe))
+        verb.say(f"writing {output.name} ...")
         _write(written, folder)
-        report = _parity(model, folder, onnx=onnx) | {"shared_bias": "folded" if fold_shared_bias else "as trained"}
+        plain = _in_float32(model)
+        report = _parity(plain, folder, onnx=onnx) | {"shared_bias": "folded" if fold_shared_bias else "as trained"}
         if gguf:
-            report |= gguf_file.write_and_compare(model, folder / gguf_file.FILE, TEXTS, name=output.name)
-        _write_json(folder / "parity.json", report)
+            verb.say(f"writing {gguf_file.FILE}, and comparing where llama-cpp-python is installed ...")
+            report |= gguf_file.write_and_compare(plain, folder / gguf_file.FILE, TEXTS, name=output.name)
         if calibration_texts:
             calibrate.write(model, calibration_texts, folder)
         card = model_card.model_card(
@@ -130,10 +134,46 @@ def export(
             calibrated=bool(calibration_texts),
         )  # fmt: skip
         (folder / "README.md").write_text(card, encoding="utf-8")
+        report |= {"readme": _digest(folder / "README.md")}  # whoever writes on in it is noticed
+        _write_json(folder / "parity.json", report)
         if occupied:
-            _out_of_the_way(output, keep=foreign)
+            _out_of_the_way(output, keep=bool(foreign))
         folder.rename(output)
     return report
+
+
+def _foreign(output: pathlib.Path) -> str:
+    """What there would be lost with an earlier export, in words behind "is no earlier export"; "" where nothing would be."""
+    files = (path for path in output.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(output).as_posix() for path in files}
+    if not {"parity.json", "config.json"} <= names:
+        return " (it lacks parity.json or config.json)"
+    if names - FILES:
+        return f" (it also holds {', '.join(sorted(names - FILES)[:5])})"
+    try:
+        if "README.md" in names and stored.read_json(output / "parity.json")["readme"] != _digest(output / "README.md"):
+            return " as export left it (README.md was changed)"
+    except (OSError, ValueError, KeyError, TypeError):
+        return " that says what its README.md was (readme in parity.json)"
+    return ""
+
+
+def _digest(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _in_float32(model: Model) -> Model:
+    """The model on one CPU device and in float32, whatever it runs on: accelerators round products, torch is compared here."""
+    try:
+        devices = jax.local_devices(backend="cpu")[:1]
+    except RuntimeError as error:
+        raise UserError("parity is measured on the CPU; add it to JAX_PLATFORMS (for example cuda,cpu).") from error
+    mesh = sharding.make_mesh(Mesh(data=1), devices=devices)
+    params = jax.tree.map(np.asarray, model.params)
+    params = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
+    return dataclasses.replace(
+        model, encoder=dataclasses.replace(model.encoder, dtype="float32"), params=params, mesh=mesh
+    )
 
 
 def _write(model: Model, folder: pathlib.Path) -> None:
@@ -180,28 +220,18 @@ def _write(model: Model, folder: pathlib.Path) -> None:
     })  # fmt: skip
 
 
-def _parity(model: Model, folder: pathlib.Path, *, onnx: bool) -> dict:
-    """Encode TEXTS and four long texts with the model in memory, the folder read back, and torch; compare.
-
-    On the CPU and in float32 whatever the model runs on: accelerators round products, torch is compared here too.
-    """
-    try:
-        devices = jax.local_devices(backend="cpu")[:1]
-    except RuntimeError as error:
-        raise UserError("parity is measured on the CPU; add it to JAX_PLATFORMS (for example cuda,cpu).") from error
-    mesh = sharding.make_mesh(Mesh(data=1), devices=devices)
-    params = jax.tree.map(np.asarray, model.params)
-    params = jax.device_put(params, sharding.shardings(params, column="parameter", mesh=mesh))
-    encoder = dataclasses.replace(model.encoder, dtype="float32")
-    ours, again = dataclasses.replace(model, encoder=encoder, params=params, mesh=mesh), load(folder, mesh=mesh)
-    characters = 8 * min(encoder.max_seq_length, 512)
+def _parity(ours: Model, folder: pathlib.Path, *, onnx: bool) -> dict:
+    """Encode TEXTS and four long texts with the model in memory (`_in_float32`), the folder read back, and torch; compare."""
+    again, length = load(folder, mesh=ours.mesh), ours.encoder.max_seq_length
+    characters = 8 * min(length, 512)
     long_texts = [" ".join(TEXTS[i:] + TEXTS[:i]) * (1 + characters // 900) for i in (0, 8, 16, 24)]
     texts = [*TEXTS, *(text[: characters // (1 + i)] for i, text in enumerate(long_texts))]
     passes, difference = [], 0.0
-    for task, batch in ((model.prompt("query"), 1), (None, 32)):
+    verb.say(f"comparing {len(texts)} texts with the folder read back, one by one and together (compiles first) ...")
+    for task, batch in ((ours.prompt("query"), 1), (None, 32)):
         vectors = ours.encode(texts, task=task)
-        prompt = model.prompts[task] if task else ""
-        ids = model.tokenizer.encode(texts, prompt=prompt, max_length=encoder.max_seq_length)[0]
+        prompt = ours.prompts[task] if task else ""
+        ids = ours.tokenizer.encode(texts, prompt=prompt, max_length=length)[0]
         for start in range(0, len(texts), batch):
             found = again.encode(texts[start : start + batch], task=task)
             difference = max(difference, float(np.abs(found - vectors[start : start + batch]).max()))
@@ -209,11 +239,13 @@ def _parity(model: Model, folder: pathlib.Path, *, onnx: bool) -> dict:
         passes.append({"task": task, "batch": batch, "texts": texts} | ids_and_vectors)
     report = {"tolerance": TOLERANCE, "texts": len(texts), "moe_embed": difference, "torch": "not run"}
     if _torch_is_here():
+        verb.say("comparing them in torch, a process of its own ...")
         report |= _in_torch("check_export.py", folder, passes)
         left_out = report["other_tokens"] + report["near_ties"]
         if left_out > len(texts) / 2:  # a quarter of both passes
             raise UserError(f"torch could be compared on few texts: {json.dumps(report)}; the export was not kept.")
     if onnx:
+        verb.say("writing onnx/model.onnx, and comparing it in ONNX Runtime ...")
         report |= _in_torch("to_onnx.py", folder, passes)
         if report["onnx_near_ties"] > len(texts) / 2:
             raise UserError(f"ONNX could be compared on few texts: {json.dumps(report)}; the export was not kept.")
@@ -274,9 +306,7 @@ def _write_json(path: pathlib.Path, value) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The verb; UserError for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.export", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
-    )
+    parser = verb.Parser("export", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export, upcycle, soup")
     parser.add_argument("--output", required=True, help="the folder to write")
     parser.add_argument("--force", action="store_true", help="move what is at --output aside, to OUTPUT.bak")
@@ -302,9 +332,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--public says how --push=OWNER/NAME makes a repository; there is no --push.")
     if args.push:
         push.check(args.push)
-    root = pathlib.Path(args.model)
+    root = bucket.path_of(args.model)
     facts = card_facts.from_flags(card_facts.of_workdir(root), args)
     texts = calibrate.texts_of(args.calibrate, model_root=root) if args.calibrate else ()
+    verb.say(f"reading {args.model} ...")
     model = load(args.model)
     report = export(
         model, args.output, force=args.force, onnx=args.onnx, gguf=args.gguf, fold_shared_bias=args.fold_shared_bias,

@@ -15,6 +15,16 @@ def did_you_mean(key: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}."
 
 
+def count(number: int, thing: str, things: str = "") -> str:
+    """ "1 pair", "1,200 pairs", "2 queries"."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line for a sentence; its name if it has no words."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def parse(text: str, kind: type):
     """An override's text as a value of `kind`; left a string where it is none, for `build` to complain about."""
     if kind is str:
@@ -43,7 +53,7 @@ def build(kind: type, values: dict, section: str, faults: list[str], *, choices:
         if key not in known:
             faults.append(f"{where} is not a key{did_you_mean(key, known)}")
         elif not _fits(value, hints[key]):
-            faults.append(f"{where} is {value!r}; it must be {_name(hints[key])}.")
+            faults.append(f"{where} is {value!r:.80}; it must be {_name(hints[key])}.")
         else:
             good[key] = _cast(value, hints[key])
             allowed = choices[f"{section}.{key}"] if f"{section}.{key}" in choices else (value,)
@@ -59,7 +69,7 @@ def _fits(value, kind) -> bool:
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple | list) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
     if kind is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+        return isinstance(value, float) or (_fits(value, int) and abs(value) < 2**1023)  # what a float can be
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)

@@ -13,7 +13,6 @@ Rows that stay are written as they stand (a CSV row as JSON); of a row with seve
 goes to a file, several or a pattern to a folder, under their names. The vectors of a shard are held in memory.
 """
 
-import argparse
 import collections
 import dataclasses
 import itertools
@@ -28,7 +27,7 @@ import numpy as np
 
 from moe_embed import retrieval, verb
 from moe_embed.config import UserError
-from moe_embed.data import inputs, sources
+from moe_embed.data import inputs, sources, tables
 from moe_embed.data import pairs as pairs_lib
 from moe_embed.load import Model, load
 
@@ -37,9 +36,7 @@ EXAMPLES = 3  # dropped pairs that are shown
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("filter", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, a model folder, or a Hugging Face folder")
     parser.add_argument("--pairs", required=True, help=".jsonl(.gz) or .csv files or patterns, with commas between")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a .jsonl(.gz) file; for several, a folder")
@@ -74,7 +71,7 @@ def plan(pairs: str, output: pathlib.Path) -> dict[str, pathlib.Path]:
     else:
         if output.is_file():
             raise UserError(f"--output={output} is a file; several files of pairs need a folder.")
-        outputs = {path: output / pathlib.Path(path).name.replace(".csv", ".jsonl") for path in paths}
+        outputs = {path: output / name_of_output(path) for path in paths}
         if len(set(outputs.values())) < len(paths):
             raise UserError(f"--pairs={pairs} has two files that would be one in --output={output}; filter them apart.")
         try:
@@ -85,6 +82,13 @@ def plan(pairs: str, output: pathlib.Path) -> dict[str, pathlib.Path]:
         if other.exists() and os.path.samefile(path, other):
             raise UserError(f"--output={output} would write over {path}; name another.")
     return outputs
+
+
+def name_of_output(path: str) -> str:
+    """The file's name as one of JSON lines, packed if it was: a.csv.gz -> a.jsonl.gz, a.parquet -> a.jsonl."""
+    name = pathlib.Path(path).name
+    packed = next((suffix for suffix in tables.PACKED if name.endswith(suffix)), "")
+    return name.removesuffix(packed).removesuffix(tables.kind(path)) + ".jsonl" + (".gz" if packed else "")
 
 
 def kept(

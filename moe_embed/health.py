@@ -63,9 +63,12 @@ class Health:
 
     def _skip(self, step: int, row: dict[str, float], source: str, names: Callable[[int], Sequence[str]]) -> str:
         figures = {name: row[name] for name in ("loss", "gradient_norm")}
-        with open(self.path, "a") as file:
-            line = {"step": step, **figures, "source": source, "names": list(names(step))}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        line = {"step": step, **figures, "source": source, "names": list(names(step))}
+        unwritten = ""
+        try:
+            metrics.append(self.path, json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:  # as with metrics.jsonl: a full disk does not end a run
+            unwritten = f" {SKIPPED} cannot be written ({error.strerror}): it has no line of this step."
         self.num_skipped += 1
         what = f"the loss of step {step} is {row['loss']} and its gradient's norm {row['gradient_norm']} ({source})"
         if self.num_skipped > self.max_skips:
@@ -73,7 +76,7 @@ class Health:
                 f"{what}: {self.num_skipped} steps of this run were not finite, more than config.run.max_skips="
                 f"{self.max_skips}. Lower the learning rate, or look at the pairs that {SKIPPED} in the workdir names."
             )
-        return f"warning: {what}: skipped, the parameters stay ({self.num_skipped} of at most {self.max_skips})."
+        return f"warning: {what}: skipped, the parameters stay ({self.num_skipped} of at most {self.max_skips}).{unwritten}"
 
     def _spike(self, step: int, loss: float) -> str:
         before = list(self._losses)

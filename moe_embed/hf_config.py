@@ -162,10 +162,11 @@ def _read_nomic(theirs: Mapping, kind: str) -> tuple[Encoder, Moe]:
         if length < 3:
             raise UserError(f"config.json has {length_key} = {theirs[length_key]}: no room for a text.")
         ours = {"rope_type": "default", "rope_theta": theirs["rotary_emb_base"]}
-        rope = ours | (theirs.get("rope_parameters") or {})
-        if (rope["rope_type"], rope["rope_theta"]) != ("default", theirs["rotary_emb_base"]):
+        given = theirs.get("rope_parameters") or {}
+        rope = ours | given if isinstance(given, dict) else given
+        if rope is given or (rope["rope_type"], rope["rope_theta"]) != ("default", theirs["rotary_emb_base"]):
             raise UserError(
-                f"config.json has rope_parameters = {rope}; only rope_type 'default' with rotary_emb_base "
+                f"config.json has rope_parameters = {rope!r:.200}; only rope_type 'default' with rotary_emb_base "
                 f"({theirs['rotary_emb_base']}) as its rope_theta is computed here."
             )
         positions = {"rotary_base": float(theirs["rotary_emb_base"]), "max_seq_length": length}

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
@@ -165,7 +165,9 @@ def _check_special_tokens(folder: pathlib.Path, tokenizer, prompts: Mapping[str,
     added = set()
     for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
         entries = read_json(folder / name).get(key) if (folder / name).is_file() else None
-        entries = entries.values() if isinstance(entries, dict) else entries or ()
+        entries = entries.values() if isinstance(entries, dict) else [] if entries is None else entries
+        if not isinstance(entries, Iterable):
+            raise UserError(f"{folder / name} has {key} = {entries!r:.60}; it must list tokens.")
         added |= {str(entry["content"]) for entry in entries if isinstance(entry, dict) and "content" in entry}
     if (folder / "added_tokens.json").is_file():
         added |= set(read_json(folder / "added_tokens.json"))
@@ -217,7 +219,7 @@ def _check_sentence_files(folder: pathlib.Path) -> None:
                 f"{modules} has a {kind} after the encoder; only {', '.join(sorted(known))} are computed here."
             )
         pooling = place if kind == "Pooling" else pooling
-        if place and not (folder / place).resolve().is_relative_to(folder.resolve()):
+        if place and not _is_within(folder, place):
             raise UserError(f"{modules} names {place!r:.60}, which is not in {folder}.")
     if found and "Pooling" not in dict(kinds_and_places):
         raise UserError(f"{modules} has no Pooling; only the mean over all tokens is computed here.")
@@ -243,6 +245,14 @@ def _check_sentence_files(folder: pathlib.Path) -> None:
                 f"{folder / SENTENCE} has do_lower_case; texts are not changed here before the tokenizer, "
                 "which lower-cases by itself where its file says so."
             )
+
+
+def _is_within(folder: pathlib.Path, place: str) -> bool:
+    try:
+        (folder / place).is_file()  # also what no file system takes: a NUL, a name of thousands of letters
+        return (folder / place).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):
+        return False
 
 
 def _rename(tensors: Mapping[str, np.ndarray], kind: str) -> tuple[dict[str, np.ndarray], list[str]]:

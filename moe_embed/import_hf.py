@@ -10,7 +10,6 @@ to the pieces that texts need (.jsonl[.gz] with "text", or files of pairs). --po
 paper does before it adapts an encoder to long texts (arXiv 2502.07972); what that costs until it is trained is measured and said.
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -44,13 +43,11 @@ class Cost(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.import_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("import_hf", __doc__)
     parser.add_argument("--model", required=True, help="a folder with config.json and model.safetensors")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="the model folder to write")
     parser.add_argument("--position", choices=("learned", "rotary"), help="default: as the model has them")
-    parser.add_argument("--rotary_base", type=float, default=ROTARY_BASE, help="of --position=rotary (default: 10,000)")
+    parser.add_argument("--rotary_base", type=float, help="of --position=rotary (default: 10,000)")
     parser.add_argument("--max_seq_length", type=int, help="tokens read of a text; beyond the model's own: rotary only")
     parser.add_argument("--query_prompt", help="where config_sentence_transformers.json names none")
     parser.add_argument("--document_prompt", help="the same for documents")
@@ -59,9 +56,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if (arguments.prune_vocab is None) != (arguments.keep is None):
         raise UserError("--prune_vocab=TEXTS and --keep=N go together: which texts count, and how many pieces to keep.")
-    if not 0 < arguments.rotary_base < math.inf:
-        raise UserError(f"--rotary_base={arguments.rotary_base} must be a positive number.")
-    if arguments.rotary_base != ROTARY_BASE and arguments.position != "rotary":
+    base = arguments.rotary_base
+    if base is not None and not 0 < base < math.inf:
+        raise UserError(f"--rotary_base={base} must be a positive number.")
+    if base is not None and arguments.position != "rotary":
         raise UserError("--rotary_base belongs to --position=rotary.")
     check_model_output(arguments.output)
     given = {"query": arguments.query_prompt, "document": arguments.document_prompt}
@@ -69,9 +67,13 @@ def main(argv: Sequence[str]) -> None:
     rotary = arguments.position == "rotary" and model.encoder.position == "learned"
     if arguments.position == "learned" and model.encoder.position != "learned":
         raise UserError(f"{arguments.model} has rotary positions and no table of learned ones; leave --position out.")
+    if base is not None and not rotary:
+        raise UserError(
+            f"{arguments.model} has rotary positions already, of base {model.encoder.rotary_base:g}; leave --rotary_base out."
+        )
     if arguments.prune_vocab is not None:
         model = prune(model, [path for path in arguments.prune_vocab.split(",") if path], keep=arguments.keep)
-    learned, model = model, to_rotary(model, base=arguments.rotary_base) if rotary else model
+    learned, model = model, to_rotary(model, base=ROTARY_BASE if base is None else base) if rotary else model
     if arguments.max_seq_length is not None:
         model = read_at_most(model, arguments.max_seq_length)
     print(summary(model, folder))

@@ -82,6 +82,7 @@ def infonce(query_ND: jax.Array, document_ND: jax.Array, ids: Ids, *, c: config_
     if teacher.score_N is not None:
         own_NS = (document_ND.reshape(num_queries, per_query, -1) * query_ND[:, None]).sum(-1)
         own_NS *= inverse_norm(query_ND)[:, None] * inverse_norm(document_ND).reshape(num_queries, per_query)
+        # S: a query's own documents
         score_NS = teacher.score_N.reshape(num_queries, per_query)
         unknown_NS = jnp.isnan(score_NS)
         sums["distill_loss"] = _divergence(jnp.where(unknown_NS, 0, score_NS), own_NS, unknown_NS, c).sum()

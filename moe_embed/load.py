@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import pathlib
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_embed import checkpoint, hf_folder, program, sharding, stored
+from moe_embed import bucket, checkpoint, hf_folder, program, sharding, stored
 from moe_embed import config as config_lib
 from moe_embed.config import UserError
 from moe_embed.data import packing, tables
@@ -155,14 +154,13 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
     """Texts in order of length -> (indices of texts, packed rows, where they went), in a handful of shapes.
 
     A row is a power of two long, at least twice its longest text where there is more to put into it; the rows of a call are
-    a power of two in number.
+    a power of two in number, or the next multiple of the devices.
     """
-    power_of_two = lambda n: 1 << (int(n) - 1).bit_length()  # noqa: E731 - the next one at or above n
     length = np.array([len(text) for text in ids], np.int64)
     order = np.argsort(-length, kind="stable")
     while len(order):
         row_length = max(MIN_ROW, power_of_two(min(2 * length[order[0]], length[order].sum())))
-        max_rows = max(ROW_TOKENS // row_length, 1) * num_devices
+        max_rows = most_rows(row_length, num_devices=num_devices)
         fill = np.cumsum(length[order[: max_rows * TEXTS_PER_ROW]])
         count = max(1, np.searchsorted(fill, max_rows * row_length, side="right"))
         some = order[:count]
@@ -170,7 +168,7 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
         num_rows = power_of_two(packed.num_rows)
         if (num_rows - packed.num_rows) * row_length > SPARE:
             num_rows //= 2  # the shortest wait for a call with fewer tokens left over
-        num_rows = min(-(-num_rows // num_devices) * num_devices, max_rows)
+        num_rows = rows_of_call(num_rows, row_length=row_length, num_devices=num_devices)
         fits = packed.row_N < num_rows  # what opened another row waits for the next call
         members, order = some[fits], np.concatenate([some[~fits], order[count:]])
         packed = packing.Packed(
@@ -180,17 +178,37 @@ def _rows(ids: list[np.ndarray], *, num_devices: int):
         yield members, {name.replace("_BL", "_MBL"): array[None] for name, array in rows.items()}, packed
 
 
+def power_of_two(n: int) -> int:
+    """The next one at or above n, which is 1 or more."""
+    return 1 << (int(n) - 1).bit_length()
+
+
+def most_rows(row_length: int, *, num_devices: int) -> int:
+    """Rows of this length that all devices together encode at once."""
+    return max(ROW_TOKENS // row_length, 1) * num_devices
+
+
+def rows_of_call(num_rows: int, *, row_length: int, num_devices: int) -> int:
+    """The rows that are laid out for `num_rows` of them, a power of two: as many on each device, and none beyond `most_rows`."""
+    most = 1 << most_rows(row_length, num_devices=num_devices).bit_length() - 1  # the power of two at or below
+    return -(-min(num_rows, most) // num_devices) * num_devices
+
+
 def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None, step: int | None = None) -> Model:
     """Open a workdir or a Hugging Face folder, on `mesh` (by default all devices, batch over data).
 
     `step` is a checkpoint of a workdir, None the newest that verifies. Raises UserError when there is no model at `path`,
     no checkpoint of it verifies, or not this one.
     """
-    root = pathlib.Path(path)
+    root = bucket.path_of(path)
     mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
     if (root / DESCRIPTION).is_file():
         return _load_workdir(root, mesh, step)
     if (root / "config.json").is_file() and step is None:
+        if bucket.is_remote(root):
+            raise UserError(
+                f"{root} is a Hugging Face folder in a bucket; gcloud storage cp -r it here, and name the copy."
+            )
         return of_folder(hf_folder.read_folder(root), mesh=mesh, origin=str(root))
     raise UserError(
         f"{root} holds no model: neither a workdir ({DESCRIPTION}) nor a Hugging Face folder (config.json)."
@@ -199,8 +217,16 @@ def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None, ste
 
 def of_folder(folder: hf_folder.Folder, *, mesh: jax.sharding.Mesh, origin: str) -> Model:
     """What was read from a Hugging Face folder, on `mesh`."""
-    params = jax.device_put(folder.params, sharding.shardings(folder.params, column="parameter", mesh=mesh))
+    params = jax.device_put(folder.params, _shardings(folder.params, mesh, origin))
     return Model(folder.encoder, folder.moe, params, folder.tokenizer, folder.prompts, mesh, origin)
+
+
+def _shardings(params, mesh: jax.sharding.Mesh, origin: str):
+    """Where each parameter lies on the mesh. UserError where the mesh does not divide one."""
+    try:
+        return sharding.shardings(params, column="parameter", mesh=mesh)
+    except ValueError as error:
+        raise UserError(f"{origin} does not fit the mesh {dict(mesh.shape)}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +239,7 @@ class Description:
     with_head: bool  # a head of masked language modelling is among the parameters
     config: config_lib.Config | None
     init_from: str | None = None  # the model a run began with; None: fresh parameters
+    made_by: str | None = None  # what wrote a model folder, a sentence
 
 
 def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh, step: int | None) -> Model:
@@ -225,7 +252,7 @@ def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh, step: int | None)
         raise UserError(f"{root} has no checkpoint yet; train it first: python -m moe_embed.train --workdir={root} ...")
     init = lambda: encoder_lib.init(d.encoder, d.moe, key=jax.random.key(0), with_head=d.with_head)  # noqa: E731
     abstract = jax.eval_shape(init)
-    shardings = sharding.shardings(abstract, column="parameter", mesh=mesh)
+    shardings = _shardings(abstract, mesh, str(root))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     params = checkpoint.restore_params(root / "checkpoints", step, abstract_params=abstract)
     return Model(d.encoder, d.moe, params, find_tokenizer(root), d.prompts, mesh, f"{root} (step {step})")
@@ -245,7 +272,8 @@ def read_description(root: pathlib.Path) -> Description:
         encoder, moe = (config_lib.section(name, description[name]) for name in ("encoder", "moe"))
         if faults := config_lib.model_faults(encoder, moe):
             raise UserError(*faults)
-        return Description(encoder, moe, prompts, bool(description["head"]), None)
+        made_by = description.get("made_by")
+        return Description(encoder, moe, prompts, bool(description["head"]), None, made_by=made_by)
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{root / DESCRIPTION} cannot be read ({error}); train and import_hf write such files."
@@ -304,8 +332,10 @@ def check_model_output(root: pathlib.Path) -> None:
         return
     if not (root / DESCRIPTION).is_file() or read_description(root).config is not None:
         raise UserError(f"--output={root} exists and is no earlier model folder; name another.")
-    own = {DESCRIPTION, "checkpoints", tokenizer_lib.Tokenizer.file_name, tokenizer_lib.JsonTokenizer.file_name}
-    others = sorted(path.name for path in root.iterdir() if path.name not in own)
+    own = {DESCRIPTION, tokenizer_lib.Tokenizer.file_name, tokenizer_lib.JsonTokenizer.file_name}
+    own |= {f"checkpoints/0/{name}" for name in checkpoint.files_of(root / "checkpoints", 0)}
+    files = (path for path in root.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = sorted({path.relative_to(root).as_posix() for path in files} - own)
     if others:  # it is about to be replaced: nobody's work is deleted with it
         raise UserError(
             f"--output={root} also holds {', '.join(others[:5])}, which would be lost; name another folder."
@@ -317,7 +347,5 @@ def _write(root: pathlib.Path, description: dict, tokenizer) -> None:
     import orbax.checkpoint
 
     description |= {"versions": {m.__name__: m.__version__ for m in (jax, flax, np, orbax.checkpoint)}}
-    (root / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
-    partial = root / (DESCRIPTION + ".partial")
-    partial.write_text(json.dumps(description, indent=1) + "\n")
-    partial.replace(root / DESCRIPTION)
+    stored.write_bytes(root / tokenizer.file_name, tokenizer.model_bytes)
+    stored.write_json(root / DESCRIPTION, description)

@@ -16,7 +16,6 @@ Each row is written as it was, with "negatives" and "scores": the model's cosine
 A run that was stopped continues with the same command: vectors and what was found lie in OUTPUT.work until the end.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -32,7 +31,7 @@ import tqdm
 
 from moe_embed import retrieval, stored, verb
 from moe_embed.config import UserError
-from moe_embed.data import inputs, sources
+from moe_embed.data import inputs, sources, tables
 from moe_embed.data import pairs as pairs_lib
 from moe_embed.load import Model, load
 
@@ -40,9 +39,7 @@ CHUNK = 2_048  # texts a device encodes between two marks of progress
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.mine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("mine", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, a model folder, or a Hugging Face folder")
     parser.add_argument(
         "--pairs", required=True, help=".jsonl, .jsonl.gz or .csv files or patterns, with commas between"
@@ -116,8 +113,7 @@ def collect(
     same = [documents[text] if text in documents else -1 for text in queries]
     digest = hashlib.blake2b(json.dumps([query, document]).encode(), digest_size=16)
     for path in [*paths, corpus] if corpus else paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
+        digest.update(tables.digest(path).to_bytes(4, "little"))
     columns = {"query": query, "document": document}
     return Collection(
         paths, columns, list(queries), list(documents), rows, answers, ids, answers_of_id, same, digest.hexdigest()
@@ -281,7 +277,7 @@ def _open_work(output: pathlib.Path, made_of: dict[str, str]) -> _Work:
     path = folder / "progress.json"
     if not path.is_file():
         work = _Work(folder, {})
-        _write(path, {"made_of": made_of, "done": {}})
+        stored.write_json(path, {"made_of": made_of, "done": {}})
         return work
     try:
         before = stored.read_json(path)
@@ -314,7 +310,7 @@ def _fill(
             done += len(some[0])
             work.done[names[0]] = done
             progress = work.folder / "progress.json"
-            _write(progress, stored.read_json(progress) | {"done": work.done})
+            stored.write_json(progress, stored.read_json(progress) | {"done": work.done})
             bar.update(len(some[0]))
     return [_open(path) for path in paths]
 
@@ -338,15 +334,6 @@ def _open(path: pathlib.Path, total: int = 0, part: np.ndarray | None = None, *,
         return stored.map_array(path, mode="r+")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete {path.parent} to start over.") from error
-
-
-def _write(path: pathlib.Path, value) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 if __name__ == "__main__":

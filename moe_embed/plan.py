@@ -9,9 +9,9 @@ what XLA made of it. GPU hosts are planned by arithmetic alone. The data is not 
 are. All figures are of one device and one optimiser step, and estimates: nothing is run, and no speed is measured.
 """
 
-import argparse
 import importlib.metadata
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -30,9 +30,7 @@ UNREAD = "--config.data.sources=unread"  # a preset of a recipe leaves its sourc
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("plan", __doc__, overrides=True)
     parser.add_argument("--config", required=True, help="a config file, as in configs/nomic_v2/pretrain.py:paper")
     parser.add_argument(
         "--topology", required=True, help=f"one of {', '.join(map(topology_lib.known, topology_lib.CHIPS))}"
@@ -43,10 +41,14 @@ def main(argv: Sequence[str]) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     config = config_lib.load(arguments.config, [*overrides, UNREAD])
     topology = topology_lib.find(arguments.topology)
-    if arguments.tokens_per_pair is not None and arguments.tokens_per_pair <= 0:
-        raise UserError(f"--tokens_per_pair={arguments.tokens_per_pair} must be positive.")
+    if arguments.tokens_per_pair is not None and not 0 < arguments.tokens_per_pair < math.inf:
+        raise UserError(f"--tokens_per_pair={arguments.tokens_per_pair} must be a positive number.")
     if arguments.output is not None:
         verb.check_output(arguments.output, "--output")
+        if arguments.output.suffix == ".svg":
+            raise UserError(
+                f"--output={arguments.output} is for JSON; name a .json file: the picture goes beside it as .svg."
+            )
     jax.config.update("jax_platforms", "cpu")  # nothing runs here, not even where there is an accelerator
     made = plan(config, topology, tokens_a_pair=arguments.tokens_per_pair)
     print("\n".join(lines(made, title=f"{arguments.config} on {arguments.topology}")))
@@ -168,7 +170,10 @@ def crossovers(config: Config, step: Step) -> dict:
 
 
 def remedy(config: Config, step: Step, topology: Topology, hbm: dict) -> str:
-    """The first change that should make the step fit: recompute, the ring, fewer rows in a micro-batch, more chips."""
+    """The first change that should make the step fit: recompute, the ring, fewer rows in a micro-batch.
+
+    Where none of these would: more chips, of which it is said that nothing was computed.
+    """
     kept, must_go = hbm["bars"]["activations"], hbm["peak"] - 0.97 * hbm["limit"]
     moving = (1 - STAYS) * kept  # in proportion to the tokens that are kept
     if not config.run.recompute and moving * (1 - 1 / step.num_micro) >= must_go:
@@ -183,7 +188,11 @@ def remedy(config: Config, step: Step, topology: Topology, hbm: dict) -> str:
         if moving * (1 - rows / config.data.rows) >= must_go:
             return f"--config.data.rows={rows}, {-(-step.places // (rows * config.data.row_length))} micro-batches"
     larger = topology_lib.bigger(topology)
-    return f"--topology={larger.name}" if larger else "a smaller model: no larger slice of these chips is known"
+    return (
+        f"--topology={larger.name} (not computed)"
+        if larger
+        else "a smaller model: no larger slice of these chips is known"
+    )
 
 
 def verdict(hbm: dict, fits: bool, instead: str) -> str:

@@ -42,7 +42,11 @@ def parse(body: bytes, *, model: Model, name: str, task: str | None, max_texts: 
     if not isinstance(fields, dict):
         raise Refusal(400, 'the body is no JSON object; send {"input": ..., "model": ...}.', code="invalid_json")
     if unknown := sorted(set(fields) - set(FIELDS)):
-        raise Refusal(400, f"unknown field {unknown[0]!r:.80}; there are {', '.join(FIELDS)}.", param=unknown[0][:80])
+        raise Refusal(
+            400,
+            f"unknown field {unknown[0]!r:.80}; there are {', '.join(FIELDS)}.",
+            param=unknown[0][:80].encode("utf-8", "backslashreplace").decode(),
+        )  # half a pair of UTF-16 is no text
     # null is the same as nothing
     asked_model, style, dim = fields.get("model"), fields.get("encoding_format"), fields.get("dimensions")
     if asked_model is not None and asked_model != name:

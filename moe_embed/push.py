@@ -24,10 +24,20 @@ def check(repo: str, environment: Mapping[str, str] = os.environ) -> None:
         raise UserError(f"--push needs a token that may write, in the environment variable {VARIABLE}.")
 
 
+def network_faults() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub refuses or cannot be reached: from its version 1 on httpx's, which are no OSError."""
+    try:
+        import httpx
+    except ImportError:
+        return (OSError,)
+    return (OSError, httpx.HTTPError)
+
+
 def push(folder: pathlib.Path, repo: str, *, public: bool = False, environment: Mapping[str, str] = os.environ) -> str:
     """Upload all files of `folder` in one commit; returns the repository's address.
 
-    A repository that exists stays as visible as it is. UserError, without the token in it, for what the hub refuses.
+    A repository that exists stays as visible as it is. UserError, without the token in it, for what the hub refuses, and where
+    it cannot be reached.
     """
     import huggingface_hub  # here: an extra
 
@@ -36,7 +46,7 @@ def push(folder: pathlib.Path, repo: str, *, public: bool = False, environment: 
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="moe_embed.export")
-    except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError) as error:
-        said = " ".join(str(error).replace(token, "***").split())
+    except (*network_faults(), ValueError) as error:
+        said = " ".join(str(error).replace(token, "***").split()) or type(error).__name__
         raise UserError(f"the folder is written, but was not pushed to {repo}: {said}") from None
     return str(address)

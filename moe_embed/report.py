@@ -11,17 +11,26 @@ the vectors lie, nDCG@10 by dimension and precision (--evaluation: outputs of ev
 translations and a plan's memory; several runs are laid over each other. It is drawn with what is there, and says what is not.
 """
 
-import argparse
 import pathlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed import expert_maps, metrics, model_sections, page, report_sections, retrieval_section, run_texts, verb
+from moe_embed import (
+    bucket,
+    expert_maps,
+    metrics,
+    model_sections,
+    page,
+    report_sections,
+    results,
+    retrieval_section,
+    run_texts,
+    verb,
+)
 from moe_embed.config import UserError
 from moe_embed.load import Model, load
-from moe_embed.retrieval import read_results
 
 BARS = "▁▂▃▄▅▆▇█"
 SHADES = ((-0.25, "    "), (0.0, "  · "), (0.25, "  ░ "), (0.5, "  ▒ "), (1.0, "  ▓ "), (np.inf, "  █ "))
@@ -30,9 +39,7 @@ PLAN = "plan.json"  # of a workdir
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("report", __doc__)
     parser.add_argument("--workdir", required=True, help="what train wrote; several, separated by commas, are compared")
     parser.add_argument("--output", type=pathlib.Path, help="an HTML file to write, instead of text")
     parser.add_argument(
@@ -42,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
         "--plan", type=pathlib.Path, help=f"for the page: plan's output (default: WORKDIR/{PLAN} if there)"
     )
     arguments = parser.parse_args(argv)
-    workdirs = [pathlib.Path(part) for part in arguments.workdir.split(",") if part]
+    workdirs = [bucket.path_of(part) for part in arguments.workdir.split(",") if part]
+    if not workdirs:
+        raise UserError(f"--workdir={arguments.workdir} names no run.")
     if arguments.output is not None:
         evaluations = [pathlib.Path(part) for part in arguments.evaluation.split(",") if part]
         write_page(arguments.output, workdirs, evaluations=evaluations, plan=arguments.plan)
@@ -68,12 +77,10 @@ def write_page(
 ) -> None:
     """Write the HTML report of these runs. UserError, before any work, for what is no workdir, evaluation or plan."""
     verb.check_output(output, "--output")
-    if not workdirs:
-        raise UserError("--workdir names no run.")
     runs = report_sections.read_runs(workdirs)
     if evaluations and len(evaluations) != len(runs):
         raise UserError(f"--evaluation names {len(evaluations)} files and --workdir {len(runs)} runs; give one a run.")
-    results = [next(iter(read_results(path, "--evaluation").values())) for path in evaluations]
+    measured = [next(iter(results.read(path, "--evaluation").values())) for path in evaluations]
     there = [run.workdir / PLAN for run in runs if (run.workdir / PLAN).is_file()]
     plan = there[0] if plan is None and there else plan
     planned = report_sections.read_plan(plan) if plan else None
@@ -87,7 +94,7 @@ def write_page(
             "routers": ("Experts over time", report_sections.routers(runs)),
             "maps": ("Experts by language and source", model_sections.maps(asked)),
             "vectors": ("How the vectors lie", model_sections.shape_of_vectors(asked)),
-            "quality": ("Retrieval", retrieval_section.quality(runs, results)),
+            "quality": ("Retrieval", retrieval_section.quality(runs, measured)),
             "translations": ("Translations", model_sections.translations(asked)),
             "memory": ("Memory", report_sections.memory(planned)),
         },

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_embed import bars, charts, config, heat_map, metrics, page
+from moe_embed import bars, charts, config, heat_map, metrics, page, stored
 from moe_embed.charts import Line
 from moe_embed.config import Config, UserError
 from moe_embed.load import DESCRIPTION, read_description
@@ -186,7 +186,7 @@ def memory(plan: Mapping | None) -> str:
 def read_plan(path: pathlib.Path) -> dict:
     """A plan.json. UserError for anything else."""
     try:
-        plan = json.loads(path.read_text("utf-8"))
+        plan = stored.read_json(path)
         of_plan = plan["config"], plan["verdict"], plan["topology"]["name"], plan["hbm"]["source"], plan["hbm"]["limit"]
         if not all(size >= 0 for size in plan["hbm"]["bars"].values()) or not of_plan[-1] > 0:
             raise ValueError("its sizes are no bytes")

@@ -8,7 +8,7 @@ gradient together, a few rows against all columns at a time, and nothing twice.
 
 A Matryoshka prefix is a partial sum of the whole product times two inverse norms, so all prefixes share the matrix products,
 forwards and backwards. Vectors in bfloat16 are multiplied as such and summed in float32. Here R and K count tiles, r and c rows
-and columns of one.
+and columns of one, P prefixes.
 """
 
 import functools

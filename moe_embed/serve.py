@@ -19,25 +19,26 @@ import importlib.util
 import pathlib
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import tqdm
 
 from moe_embed import protocol, verb
 from moe_embed.batcher import Batcher, Closed, QueueFull
 from moe_embed.config import UserError
-from moe_embed.load import MIN_ROW, ROW_TOKENS, Model, load
+from moe_embed.load import MIN_ROW, Model, load, power_of_two, rows_of_call
 from moe_embed.protocol import Refusal
 
+BETWEEN_LINES = 15  # seconds of warming up, where nobody sees a bar
 GRACE = 60  # seconds that answers under way have after SIGTERM
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("serve", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is everybody")
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn"))):
         raise UserError('the server needs starlette and uvicorn, which are not installed: pip install -e ".[serve]"')
     with listen(flags.host, flags.port) as listener:
+        verb.say(f"reading {flags.model} ...")
         model = load(flags.model)
         if flags.task is not None and flags.task not in model.prompts:
             raise UserError(
@@ -128,14 +130,13 @@ def encoder(model: Model) -> Callable:
 
 
 def shapes(max_seq_length: int, *, num_devices: int, max_batch: int) -> list[tuple[int, int]]:
-    """(tokens of a row, rows) of all programs that calls of at most `max_batch` texts can need: powers of two both."""
-    longest = max(MIN_ROW, 1 << (2 * max_seq_length - 1).bit_length())  # two of the longest texts
-    found, row_length = [], MIN_ROW
+    """(tokens of a row, rows) of all programs that calls of at most `max_batch` texts can need."""
+    longest = max(MIN_ROW, power_of_two(2 * max_seq_length))  # two of the longest texts
+    found, row_length, most = [], MIN_ROW, power_of_two(-(-max_batch // 2))  # any two texts share a row
     while row_length <= longest:
-        num_rows = num_devices
-        while num_rows <= num_devices * max(ROW_TOKENS // row_length, 1) and num_rows < max(max_batch, 2 * num_devices):
-            found.append((row_length, num_rows))
-            num_rows *= 2
+        powers = [1 << i for i in range(most.bit_length())]
+        rows = {rows_of_call(power, row_length=row_length, num_devices=num_devices) for power in powers}
+        found += [(row_length, num_rows) for num_rows in sorted(rows)]
         row_length *= 2
     return found
 
@@ -143,7 +144,8 @@ def shapes(max_seq_length: int, *, num_devices: int, max_batch: int) -> list[tup
 def filling(row_length: int, num_rows: int, *, max_seq_length: int) -> list[int]:
     """Lengths of texts that `encode` puts into just these rows: two equal ones to a row, or a few where they are short."""
     length = min(row_length // 2, max_seq_length)
-    return [length] * (row_length // length * num_rows)
+    power = 1 << num_rows.bit_length() - 1  # of two, up to num_rows: what is laid out as so many
+    return [length] * (row_length // length * power)
 
 
 def warm_up(model: Model, *, max_batch: int, ending: threading.Event) -> None:
@@ -151,8 +153,11 @@ def warm_up(model: Model, *, max_batch: int, ending: threading.Event) -> None:
     wanted = shapes(model.encoder.max_seq_length, num_devices=model.mesh.size, max_batch=max_batch)
     row_lengths = ", ".join(str(length) for length in sorted({length for length, _ in wanted}))
     print(f"warming up: {len(wanted)} shapes, rows of {row_lengths} tokens", flush=True)
-    began = time.perf_counter()
-    for row_length, num_rows in wanted:
+    began = said = time.perf_counter()
+    for done, (row_length, num_rows) in enumerate(tqdm.tqdm(wanted, unit="shape", disable=not sys.stderr.isatty())):
+        if not sys.stderr.isatty() and time.perf_counter() - said > BETWEEN_LINES:
+            said = time.perf_counter()
+            print(f"warming up: {done} of {len(wanted)} shapes, {said - began:.0f} s", flush=True)
         if ending.is_set():
             return
         lengths = filling(row_length, num_rows, max_seq_length=model.encoder.max_seq_length)

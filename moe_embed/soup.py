@@ -10,7 +10,6 @@ and neither the experts of a mixture nor anything else is permuted to fit. How f
 at a time (each layer's, each expert's), as mergekit does; nearly parallel ones are averaged.
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -27,9 +26,7 @@ PARALLEL = 0.9995  # |cosine| from which sin(angle) is too small to divide by; m
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.soup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("soup", __doc__)
     parser.add_argument("--models", required=True, help="two or more workdirs or model folders, separated by commas")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="the model folder to write")
     parser.add_argument("--weights", help="a number for each model; only their ratio counts (default: equal)")

@@ -6,13 +6,13 @@
 
 The workdir describes itself: workdir.json (config, prompts, versions), tokenizer.model, metrics.jsonl, evaluations.jsonl,
 events.jsonl (when it began, resumed and saved), checkpoints/<step>, skipped.jsonl (steps that were not finite).
+It is a folder, or gs://BUCKET/PATH with the gcs extra: there metrics.jsonl is put as a whole every half minute and before every save.
 MLM, pretraining and finetuning are this one loop with another config.
 
 Exit status: 0 done; 2 a fault of the user's; 75 preempted (SIGTERM: it has saved) and 76 another process is gone or stuck, or
 this one (config.run.watchdog): run the same command again.
 """
 
-import argparse
 import pathlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,8 +23,10 @@ import numpy as np
 from moe_embed import (
     agreement,
     beginning,
+    bucket,
     checkpoint,
     cluster,
+    fields,
     health,
     held_out,
     metrics,
@@ -36,6 +38,7 @@ from moe_embed import (
     same_run,
     saving,
     sharding,
+    trackers,
     verb,
     watchdog,
 )
@@ -54,16 +57,20 @@ from moe_embed.load import (
     read_description,
     write_description,
 )
+from moe_embed.model import capability
 
 WARM_UP = 2  # steps before a trace: they compile
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_embed.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb.Parser("train", __doc__, overrides=True)
     parser.add_argument("--config", required=True, help="a config file, as in configs/demo.py or configs/demo.py:tiny")
-    parser.add_argument("--workdir", required=True, type=same_run.workdir_of, help="made if absent, continued if not")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=same_run.workdir_of,
+        help="a folder or gs://BUCKET/PATH; made if absent, continued if not",
+    )
     parser.add_argument("--init_from", help="start from this model: its parameters, shape, tokenizer and prompts")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="N", help="trace N steps to WORKDIR/profile, for xprof"
@@ -76,12 +83,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--allow_data_change",
         default="",
-        help="continue although these changed, commas between: files, seed, batch_size, ...",
+        help="continue although these changed, commas between: files, tokenizer, seed, batch_size, weights, by_language, smoothing",
     )
     cluster.add_flags(parser)
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.profile < 0:
         raise UserError(f"--profile={arguments.profile} must be a number of steps.")
+    if arguments.profile and bucket.is_remote(arguments.workdir):
+        raise UserError("--profile writes a trace beside the run; give it a --workdir that is a folder.")
     preemption.nothing_to_save()
     cluster.start(
         coordinator=arguments.coordinator, num_processes=arguments.num_processes, process_id=arguments.process_id
@@ -118,18 +127,23 @@ def train(
     `profile` steps, after the first WARM_UP, are traced for xprof.
     Of several processes (cluster.start) all call this; process 0 alone writes, but for the checkpoints' arrays.
     """
+    trackers.check(config.run.log_to)
     agreement.check(config, others={"--workdir": str(workdir), "--init_from": init_from})
     mesh = sharding.make_mesh(config.mesh)
+    cluster.on_first(lambda: bucket.check(workdir))
     checkpoints = workdir / "checkpoints"
     first = checkpoint.newest_verified(checkpoints, say=print, strict=strict_restore)
     prompts, base, tokenizer = prompts_of(config), None, None
-    before = read_description(workdir) if (workdir / DESCRIPTION).is_file() else None
-    init_from = same_run.same_beginning(before, init_from, workdir, begun=first is not None)
+    described = read_description(workdir) if (workdir / DESCRIPTION).is_file() else None
+    init_from = same_run.same_beginning(described, init_from, workdir, begun=first is not None)
+    if first is not None and described and described.config:
+        config = held_out.as_begun(config, described.config)
+    files = run_data.read_files(config, with_tokenizer=not init_from)  # a fault in them is said before weights are read
     if init_from:
         if first is None:
-            before = base = load(init_from, mesh=mesh)
+            base = load(init_from, mesh=mesh)
         origin, tokenizer = (init_from, base.tokenizer) if base else (str(workdir), find_tokenizer(workdir))
-        config, prompts = beginning.inherit(config, before, origin=origin, explicit=explicit)
+        config, prompts = beginning.inherit(config, base or described, origin=origin, explicit=explicit)
         if (
             "data.tokenizer" in explicit
             and tokenizer_lib.read(config.data.tokenizer).model_bytes != tokenizer.model_bytes
@@ -139,12 +153,12 @@ def train(
             )
     agree = lambda step, rows: cluster.largest(rows, turn=step)  # noqa: E731
     config, batches, tokenizer, tasks, held = run_data.open_data(
-        config, num_shards=mesh.size, tokenizer=tokenizer, own=sharding.own_parts(mesh), agree=agree
+        config, num_shards=mesh.size, files=files, tokenizer=tokenizer, own=sharding.own_parts(mesh), agree=agree
     )
     agreement.check_data(config, batches.fingerprint)
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
     say_what_will_run(config, prog, batches, held)
-    cluster.on_first(lambda: same_run.check_workdir(config, workdir))
+    cluster.on_first(lambda: same_run.check_workdir(config, workdir, allow=allow_data_change))
     cluster.on_first(lambda: same_run.check_space(workdir, checkpoint.num_bytes(prog.abstract_state)))
 
     if first is None:
@@ -155,10 +169,12 @@ def train(
         same_run.check_fingerprint(
             checkpoint.facts(checkpoints, first), batches.fingerprint, workdir, allow=allow_data_change
         )
-        if first >= config.run.steps:
+        finished = first >= config.run.steps
+        if finished and (not held or cluster.on_first(lambda: held_out.concluded(workdir, steps=first))):
             print(f"{workdir} is finished: step {first} of {config.run.steps}, verified. Nothing to do.")
             return 0
-        print(f"continuing {workdir} from step {first} of {config.run.steps}.")
+        more = "; what it learned is still to be measured" if finished else ""
+        print(f"continuing {workdir} from step {first} of {config.run.steps}{more}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
     cluster.on_first(lambda: write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from))
     cluster.on_first(lambda: run_data.keep_cards(config, workdir))
@@ -168,18 +184,25 @@ def train(
     writes_to = workdir if cluster.is_first() else None
     looking = health.Health(writes_to, first_step=first, max_skips=config.run.max_skips)
     with (
-        metrics.Writer(writes_to, first_step=first, last_step=config.run.steps) as writer,
+        trackers.opened(
+            config.run.log_to if writes_to else (), workdir, config=config_lib.to_dict(config), first_step=first
+        ) as also,
+        metrics.Writer(writes_to, first_step=first, last_step=config.run.steps, also=also) as writer,
         saving.Saver(checkpoints, facts=batches.fingerprint, keep=config.run.keep, say=writer.say) as saver,
         preemption.heard() as told_to_stop,
-        watchdog.Watchdog(config.run.watchdog) as watching,
+        watchdog.Watchdog(config.run.watchdog, done=first) as watching,
     ):
         writer.event(first, "resume" if first else "begin")
         measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
-        search = lambda: per_query(model_of(prog, state, tokenizer, prompts), held)  # noqa: E731
+
+        def search() -> dict[str, float]:
+            writer.say(f"held out: encoding {fields.count(len(held.corpus), 'document')} and the queries ...")
+            return per_query(model_of(prog, state, tokenizer, prompts), held)
+
         if held and first == 0:
-            before = search()
-            writer.say(f"held out: nDCG@10 {100 * np.mean(list(before.values())):.1f} before training.")
-            cluster.on_first(lambda: held_out.remember(workdir, before))
+            at_first = search()
+            writer.say(f"held out: nDCG@10 {100 * np.mean(list(at_first.values())):.1f} before training.")
+            cluster.on_first(lambda: held_out.remember(workdir, at_first))
         if (
             tasks
             and due(first, config.run.eval_every, config)
@@ -230,9 +253,12 @@ def train(
                 )
                 return preemption.STATUS
         after = search() if held else {}
-    print(f"trained {config.run.steps - first} steps in {time.perf_counter() - started:.0f} s, compilation included.")
+    print(
+        f"trained {fields.count(config.run.steps - first, 'step')} in {time.perf_counter() - started:.0f} s, compilation included."
+    )
     if held:
-        cluster.on_first(lambda: print(held_out.conclude(workdir, after)))
+        length = {"steps": config.run.steps, "warmup_steps": config.optim.warmup_steps}
+        cluster.on_first(lambda: print(held_out.conclude(workdir, after, **length)))
     return 0
 
 
@@ -263,7 +289,7 @@ def due(done: int, every: int, config: Config) -> bool:
 def compile_step(prog: program.Program, state: dict, arrays: dict, writer: metrics.Writer):
     """The train step for arrays of these shapes; says so, and how long it took."""
     num_micro = arrays["tokens_MBL"].shape[0]
-    writer.say(f"compiling the train step for {num_micro} micro-batches ...")
+    writer.say(f"compiling the train step for {fields.count(num_micro, 'micro-batch', 'micro-batches')} ...")
     start = time.perf_counter()
     compiled = prog.step.lower(state, arrays).compile()
     writer.say(f"compiled in {time.perf_counter() - start:.1f} s.")
@@ -285,16 +311,19 @@ def say_what_will_run(config: Config, prog: program.Program, batches: batches_li
         print(f"prompts     query {config.data.query_prompt!r}, document {config.data.document_prompt!r}")
     if prog.config.loss.form == "ring":
         print("loss        in tiles (ring): the batch's scores are never held")
+    if old := capability.too_old(jax.devices()):
+        print(f"kernels     XLA's own, slower: {old}")
     if held:
         print(
-            f"held out    {len(held.queries):,} queries, searched for among {len(held.corpus):,} documents before and after"
+            f"held out    {fields.count(len(held.queries), 'query', 'queries')}, searched for among {len(held.corpus):,} documents before and after"
         )
     if config.optim.freeze_embedding:
         frozen = prog.abstract_state["params"]["embedding"][optim.FROZEN]
         print(f"frozen      the piece table, {frozen.size:,} of the parameters")
     if config.optim.warmup_steps >= config.run.steps:
         print(f"warm-up     {config.optim.warmup_steps} steps: this run ends before the learning rate reaches its peak")
-    print(f"rows        [M, {config.data.rows}, {config.data.row_length}] on each device, M in {batches.sizes}")
+    rows, row_length = batches.c.rows, batches.c.row_length
+    print(f"rows        [M, {rows}, {row_length}] on each device, M in {batches.sizes}")
 
 
 def write_row(

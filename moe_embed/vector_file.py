@@ -5,7 +5,6 @@ call continues there after any kind of end; the whole file is renamed into place
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
@@ -67,20 +66,17 @@ def write(
             print(f"continuing {partial}: {done:,} of {texts.count:,} rows are there.")
             file.truncate(len(header) + done * row_bytes)
         else:
-            _write(record, {"made_of": names, "rows": 0, "of": texts.count})
+            stored.write_json(record, {"made_of": names, "rows": 0, "of": texts.count})
             file.truncate(0)
-            file.write(header)
+            _append(file, header)
         rest = itertools.islice(texts.read(), done, None)
         with tqdm.tqdm(total=texts.count, initial=done, unit="text", disable=not progress, dynamic_ncols=True) as bar:
             for x_ND in model.encode_stream(rest, task, dim, bar=bar):
-                file.write(x_ND.astype(dtype).tobytes())
-                file.flush()
-                os.fsync(file.fileno())  # on disk before it counts
+                _append(file, x_ND.astype(dtype).tobytes())
                 done += len(x_ND)
-                _write(record, {"made_of": names, "rows": done, "of": texts.count})
+                stored.write_json(record, {"made_of": names, "rows": done, "of": texts.count})
         if done != texts.count:
             raise UserError(f"the texts of {path} changed while they were read: {texts.count:,} before, now {done:,}.")
-        os.fsync(file.fileno())
         partial.replace(path)
         record.unlink()
 
@@ -111,15 +107,23 @@ def _header(count: int, dim: int, dtype: str) -> bytes:
 def _opened(partial: pathlib.Path) -> Iterator[typing.BinaryIO]:
     """The file, to append to, for this process alone."""
     try:
-        with open(partial, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (partial.is_file() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
-                raise BlockingIOError  # between the two lines it was renamed into place
-            yield file
+        file = stored.open_alone(partial)
     except BlockingIOError as error:
         raise UserError(f"another process writes {partial}; wait for it, or name another file.") from error
     except OSError as error:
         raise UserError(f"{partial} cannot be written: {error.strerror}.") from error
+    with file:
+        yield file
+
+
+def _append(file: typing.BinaryIO, data: bytes) -> None:
+    """On the disk when this returns: before it counts."""
+    try:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be written: {error.strerror}.") from error
 
 
 def _rows_done(partial: pathlib.Path, record: pathlib.Path, names: dict) -> int:
@@ -137,12 +141,3 @@ def _rows_done(partial: pathlib.Path, record: pathlib.Path, names: dict) -> int:
         raise UserError(f"{partial} was begun with another {' and another '.join(other)}; delete {record} to start "
                         "over, or name another file.")  # fmt: skip
     return rows
-
-
-def _write(path: pathlib.Path, value) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -1,6 +1,9 @@
-"""How every verb starts and ends: jax set up once, exit 0 or 2 with one clear sentence, no traceback for a user's fault."""
+"""How every verb starts and ends: its flags, jax set up once, exit 0 or 2 with one clear sentence, no traceback for a user's fault."""
 
+import argparse
 import errno
+import glob
+import itertools
 import os
 import pathlib
 import sys
@@ -8,9 +11,46 @@ import traceback
 import typing
 from collections.abc import Callable, Sequence
 
+from moe_embed import fields
 from moe_embed.config import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # whoever runs it can mend that
+# A TPU is /dev/accel0 or, from v5e on, /dev/vfio/0; /dev/vfio/vfio is there wherever the kernel's module is.
+ACCELERATORS = ("/dev/nvidiactl", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/kfd", "/dev/dxg")
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of the verb `name`. What is wrong with them is one sentence, a UserError, where argparse prints its usage.
+
+    With `overrides` parse_known_args also takes --config.a.b=value, and leaves them to config.load.
+    """
+
+    def __init__(self, name: str, description: str, *, overrides: bool = False):
+        super().__init__(
+            prog=f"python -m moe_embed.{name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.overrides = overrides
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's. A misspelt flag is named before one that is therefore missing."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for word in itertools.takewhile(lambda word: word != "--", args):
+            name = word.partition("=")[0]
+            left = not name.startswith("--") or (self.overrides and name.startswith("--config."))
+            if not left and not any(flag.startswith(name) for flag in flags):
+                raise UserError(f"{name} is no flag of {self.prog}{fields.did_you_mean(name, flags)}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> typing.NoReturn:
+        """UserError with argparse's sentence."""
+        raise UserError(f"{message}; {self.prog} --help shows all flags.")
+
+
+def say(sentence: str) -> None:
+    """A line about what is being done, on stderr and at once: what a verb prints may be read by a program."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def check_output(path: pathlib.Path, flag: str) -> None:
@@ -32,9 +72,12 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
 
     from moe_embed import cluster
 
-    accelerators = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/vfio", "/dev/kfd", "/dev/dxg")
-    if "JAX_PLATFORMS" not in os.environ and not any(map(os.path.exists, accelerators)):
-        jax.config.update("jax_platforms", "cpu")  # else an installed libtpu or CUDA plugin is probed, with a warning
+    if not os.environ.get("JAX_PLATFORMS"):
+        os.environ.pop("JAX_PLATFORMS", None)  # empty: jax chooses, as where it is not set
+        if not any(map(glob.glob, ACCELERATORS)):
+            jax.config.update(
+                "jax_platforms", "cpu"
+            )  # else an installed libtpu or CUDA plugin is probed, and complains
     cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moe_embed/xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -21,6 +21,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "sentence_transformers"))
 HAS_SERVER = all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn"))
+HAS_GCSFS = importlib.util.find_spec("gcsfs") is not None
 HAS_BROWSER = browser.find() is not None
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 collect_ignore = [name for name, there in (("parity", HAS_TORCH), ("aot", HAS_LIBTPU)) if not there]
@@ -50,6 +51,7 @@ def pytest_collection_modifyitems(config, items):
             lambda: HAS_SERVER,
             '-m serve starts servers, and starlette or uvicorn is absent: pip install -e ".[serve]".',
         ),
+        "gcs": (lambda: HAS_GCSFS, '-m gcs writes to gs://, and gcsfs is absent: pip install -e ".[gcs]".'),
         "deploy": (
             lambda: HAS_TORCH and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
             '-m deploy opens exports in sentence-transformers, transformers and ONNX Runtime: pip install -e ".[deploy]" '
@@ -86,7 +88,7 @@ def _has_gpu() -> bool:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Without the [torch], the [tpu] or the [serve] extra, or a browser, the last lines of a run say what that costs."""
+    """Without the [torch], the [tpu], the [serve] or the [gcs] extra, or a browser, the last lines of a run say what that costs."""
     if not HAS_LIBTPU:
         terminalreporter.write_line("NOT RUN: tests/aot, because libtpu is absent (the tpu extra)")
     if not HAS_TORCH:
@@ -95,6 +97,8 @@ def pytest_terminal_summary(terminalreporter):
         )
     if not HAS_SERVER:
         terminalreporter.write_line("NOT RUN: -m serve, because starlette or uvicorn is absent (the serve extra)")
+    if not HAS_GCSFS:
+        terminalreporter.write_line("NOT RUN: -m gcs, because gcsfs is absent (the gcs extra)")
     if not HAS_BROWSER:
         terminalreporter.write_line("NOT RUN: -m report, because no browser is on PATH or named by CHROME")
 

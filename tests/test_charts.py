@@ -66,6 +66,14 @@ def test_marks_have_shapes_and_a_lane_a_run():
     assert 20 < len(attributes(many, "path")) < charts.page.WIDTH / charts.APART + 10
 
 
+def test_from_the_eighth_on_colors_come_again():
+    """The page defines no more of them."""
+    curves = [Line(str(i), [0, 1], [1.0, 2.0], color=i) for i in range(9)]
+    made = charts.lines(curves, title="t", x_label="step", marks=[{"save": [1], "skipped": [0]}] * 9)
+    made += charts.bars(np.ones((1, 9)), rows=["x"], series=[str(i) for i in range(9)], title="t")
+    assert set(map(int, re.findall(r"var\(--c(\d+)\)", made))) == set(range(len(charts.page.COLORS)))
+
+
 def test_a_long_curve_is_a_mean_in_a_band():
     y = np.sin(np.arange(100_000.0))
     y[77_777], y[12_345] = 9.0, -9.0

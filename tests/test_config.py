@@ -298,3 +298,38 @@ def test_the_process_exits_2_with_the_sentence_alone(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: config.optim.learning_rat is not a key; did you mean learning_rate?\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (
+            "configs/finetune_pair.py",
+            r"configs/finetune_pair\.py does not exist; did you mean configs/finetune_pairs\.py",
+        ),
+        ("configs/demo:tiny", r"configs/demo does not exist; did you mean configs/demo\.py\?"),
+        ("finetune_pairs.py", r"finetune_pairs\.py does not exist; did you mean configs/finetune_pairs\.py\?"),
+        ("nomic_v2/finetun.py", r"does not exist; did you mean .*configs/nomic_v2/finetune\.py"),
+        ("configs/zzz.py", r"configs/zzz\.py does not exist; there are configs/demo\.py, configs/finetune_pairs\.py\."),
+        ("configs", "configs is a folder; there are "),
+        ("README.md", "README.md is no Python file; "),
+    ],
+)
+def test_a_path_of_no_config_is_said_with_those_nearby(spec, said):
+    with pytest.raises(UserError, match=f"^--config={spec}: .*{said}") as caught:
+        config_lib.load(spec)
+    assert len(caught.value.args) == 1
+
+
+def test_a_misspelt_key_is_named_with_the_right_one():
+    with pytest.raises(UserError, match=r"config\.data\.qury is not a key; did you mean query\?"):
+        config_lib.load("configs/demo.py:tiny", ["--config.data.qury=title"])
+
+
+def test_rows_left_to_the_data_are_not_mlms():
+    open_ = ["--config.data.rows=0", "--config.data.row_length=0"]
+    assert config_lib.load("configs/demo.py:tiny", open_).data.row_length == 0
+    with pytest.raises(UserError, match=r"config\.data\.rows=0 must be positive\.\nconfig\.data\.row_length=0 must be"):
+        config_lib.load("configs/nomic_v2/mlm.py:tiny", [*open_, "--config.data.sources=x"])
+    with pytest.raises(UserError, match=r"config\.data\.rows=-1 must not be negative"):
+        config_lib.load("configs/demo.py:tiny", ["--config.data.rows=-1"])

@@ -7,7 +7,19 @@ import pytest
 import moe_embed
 from moe_embed import doctor
 
-NAMES = ["moe_embed", "python", "packages", "devices", "cores", "memory", "bfloat16", "multiply", "disk", "cache"]
+NAMES = [
+    "moe_embed",
+    "python",
+    "packages",
+    "devices",
+    "cores",
+    "memory",
+    "bfloat16",
+    "kernels",
+    "multiply",
+    "disk",
+    "cache",
+]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import signal
 import subprocess
@@ -110,6 +111,17 @@ def test_search_finds_the_same_text(workdir, capsys):
     model = dataclasses.replace(model, prompts={})
     embed.search(model, ["rows and columns", "the weather", "表を挿入"], ["表を挿入"], top_k=1)
     assert "1.000 表を挿入" in capsys.readouterr().out
+
+
+def test_queries_that_are_no_utf_8_are_a_sentence(monkeypatch):
+    for data, found in ((b"a\nb\n\n", ["a", "b"]), (b"\xff\n", None)):
+        with io.TextIOWrapper(io.BytesIO(data), "utf-8") as stream:
+            monkeypatch.setattr("sys.stdin", stream)
+            if found:
+                assert list(embed._typed()) == found
+            else:
+                with pytest.raises(UserError, match="standard input is not UTF-8"):
+                    list(embed._typed())
 
 
 @pytest.mark.parametrize(

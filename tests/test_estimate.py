@@ -8,6 +8,7 @@ import pytest
 
 from moe_embed import config as config_lib
 from moe_embed import estimate, program, sharding, topology
+from moe_embed.config import UserError
 from tests import tiny
 
 PAPER = "configs/nomic_v2/pretrain.py:paper"
@@ -35,6 +36,11 @@ def test_the_step_of_the_paper():
     assert step_of(paper("--config.data.rows=8")).num_micro == 128
     assert step_of(paper(), tokens=257).num_micro == 33  # nothing spills
     assert step_of(paper("--config.data.num_negatives=3")).candidates == 4 * 16_384
+
+
+def test_rows_that_follow_from_texts_must_be_given_where_none_are_read():
+    with pytest.raises(UserError, match=r"config\.data\.rows=0 and config\.data\.row_length=512: .* give both"):
+        step_of(paper("--config.data.rows=0"))
 
 
 def test_tokens_of_a_pair_where_nobody_says():

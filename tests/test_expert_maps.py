@@ -21,6 +21,10 @@ def test_against_mean_by_hand():
     ratio_NE, information = expert_maps.against_mean(np.array([[0.75, 0.25], [0.25, 0.75]]))
     np.testing.assert_allclose(ratio_NE, [[np.log2(1.5), -1], [-1, np.log2(1.5)]])
     assert information == pytest.approx(0.75 * np.log2(1.5) - 0.25)
-    assert expert_maps.against_mean(np.eye(3))[1] == pytest.approx(1, abs=1e-4)  # who reads it says which it is
+    assert expert_maps.against_mean(np.eye(3))[1] == pytest.approx(1, abs=1e-4)  # each group has its own
+    two_each = np.array(
+        [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
+    )  # the expert says the group, the group not quite the expert
+    assert expert_maps.against_mean(two_each)[1] == pytest.approx(0.5, abs=1e-4)
     assert expert_maps.against_mean(np.full((2, 4), 0.25))[1] == 0
     assert expert_maps.against_mean(np.array([[1.0, 0.0], [1.0, 0.0]]))[1] == pytest.approx(0)  # one expert does it all

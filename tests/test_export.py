@@ -124,7 +124,9 @@ def test_every_form_exports_and_reads_back_bit_for_bit(form, kind, monkeypatch, 
         return
     report = export.export(model, tmp_path / "out")
     assert report["moe_embed"] <= 1e-5
-    assert "the head of masked language modelling is not exported" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "the head of masked language modelling is not exported" in out
+    assert [line.split()[0] for line in err.splitlines()] == ["writing", "comparing"]  # before each long part
     out, native = tmp_path / "out", model_type in ("bert", "xlm-roberta")
     files = FILES - ({"modeling_moe_embed.py"} if native else set())
     assert {path.name for path in out.iterdir()} == files - ({"sentencepiece.bpe.model"} if tokenizer else set())
@@ -186,6 +188,22 @@ def test_a_foreign_folder_is_refused_or_moved_aside(model, tmp_path):
     (tmp_path / "out" / "model.gguf").write_text("made from the export")
     with pytest.raises(config.UserError, match=r"it also holds model\.gguf"):
         export.export(model, tmp_path / "out")
+    (tmp_path / "out" / "model.gguf").unlink()
+    (tmp_path / "out" / "onnx").mkdir()
+    (tmp_path / "out" / "onnx" / "model_qint8.onnx").write_text("made from the export")
+    with pytest.raises(config.UserError, match=r"it also holds onnx/model_qint8\.onnx"):
+        export.export(model, tmp_path / "out")
+    (tmp_path / "out" / "onnx" / "model_qint8.onnx").unlink()
+    with open(tmp_path / "out" / "README.md", "a") as card:
+        card.write("Evaluated by hand: fine.\n")
+    with pytest.raises(config.UserError, match=r"as export left it \(README\.md was changed\)"):
+        export.export(model, tmp_path / "out")
+    export.export(model, tmp_path / "out", force=True)
+    assert "by hand" in (tmp_path / "out.bak2" / "README.md").read_text()
+    parity = read(tmp_path / "out" / "parity.json")
+    (tmp_path / "out" / "parity.json").write_text(json.dumps({k: v for k, v in parity.items() if k != "readme"}))
+    with pytest.raises(config.UserError, match=r"says what its README\.md was"):
+        export.export(model, tmp_path / "out")
     (tmp_path / "link").symlink_to(tmp_path / "out.bak")
     with pytest.raises(config.UserError, match="is not empty"):
         export.export(model, tmp_path / "link")
@@ -218,8 +236,9 @@ def test_a_users_error_is_one_sentence_and_exit_2(tmp_path):
     command = [sys.executable, "-m", "moe_embed.export", f"--model={tmp_path / 'none'}", f"--output={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    reading, error = done.stderr.splitlines()
+    assert reading.startswith("reading ")
+    assert error.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -229,7 +248,9 @@ def test_the_verb_says_which_form_it_chose(form, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "load", lambda path: small_model(moe=moe, **shape))
     monkeypatch.setattr(export, "export", lambda *_, **__: {"moe_embed": 0.0, "torch": "not run"})
     export.main(["--model=m", f"--output={tmp_path / 'out'}"])
-    assert f"wrote {tmp_path / 'out'}: {export.FORMS[model_type]}\n" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"wrote {tmp_path / 'out'}: {export.FORMS[model_type]}\n" in out
+    assert err == "reading m ...\n"
     assert set(export.FORMS) == {"nomic_bert", "bert", "xlm-roberta", "moe_embed"}
 
 

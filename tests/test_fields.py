@@ -24,6 +24,11 @@ def built(**values):
     return fields.build(Section, values, "s", faults, choices=CHOICES), faults
 
 
+def test_one_is_no_plural():
+    assert [fields.count(n, "pair") for n in (0, 1, 2, 1_200)] == ["0 pairs", "1 pair", "2 pairs", "1,200 pairs"]
+    assert [fields.count(n, "query", "queries") for n in (1, 2)] == ["1 query", "2 queries"]
+
+
 def test_values_that_fit_become_the_fields():
     assert built(count=3, rate=1, names=["x"]) == (Section(count=3, rate=1.0, names=("x",)), [])
     assert built(count=3)[0] != built(count=4)[0]
@@ -53,3 +58,14 @@ def test_a_text_is_read_by_the_type_of_its_field():
 
 def test_a_key_unlike_any_other_is_answered_with_all():
     assert fields.did_you_mean("zzz", ("rate", "kind")) == "; known: rate, kind."
+
+
+def test_a_number_no_float_can_hold_is_a_sentence():
+    (sentence,) = built(count=1, rate=10**400)[1]
+    assert sentence.startswith("config.s.rate is 1000")
+    assert len(sentence) < 140
+
+
+def test_an_error_without_words_has_a_name():
+    assert fields.first_line(ValueError()) == "ValueError"
+    assert fields.first_line(OSError("one\ntwo")) == "one"

@@ -288,3 +288,10 @@ def test_patterns_of_files(tmp_path):
     for nothing in ("", ","):
         with pytest.raises(UserError, match="names no file"):
             inputs.find(nothing)
+
+
+def test_outputs_of_several_files_are_named_as_what_they_hold(tmp_path):
+    for name in ("x.parquet", "y.tsv", "z.jsonl.zst", "v.csv.gz", "w.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    outputs = filter_lib.plan(str(tmp_path / "*"), tmp_path / "out")
+    assert {path.name for path in outputs.values()} == {"x.jsonl", "y.jsonl", "z.jsonl.gz", "v.jsonl.gz", "w.jsonl"}

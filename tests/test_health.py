@@ -80,3 +80,14 @@ def test_the_router_by_hand():
     two[1] = [4, 4, 0, 0, 0, 0, 0, 0]
     assert health.of_router(even) == {"dead_expert_frac": 0.0, "expert_utilisation": pytest.approx(1.0)}
     assert health.of_router(two) == {"dead_expert_frac": 0.75, "expert_utilisation": pytest.approx(0.25)}
+
+
+def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    looking = health.Health(tmp_path, first_step=0, max_skips=2)
+    monkeypatch.setattr(health.metrics, "append", full)
+    (said,) = look(looking, 1, row(math.nan, skipped=1.0))
+    assert said.endswith("skipped.jsonl cannot be written (No space left on device): it has no line of this step.")
+    assert looking.num_skipped == 1

@@ -57,6 +57,7 @@ def test_xlm_r_reads_and_ours_agrees_with_it():
     ("rotary_emb_scale_base", 512), ("moe_normalize_expert_weights", True), ("expert_choice_router", True),
     ("model_type", "roberta"), ("model_type", None), ("use_rms_norm", True), ("causal", True), ("qkv_proj_bias", False),
     ("moe_top_k", None), ("n_inner", None), ("n_head", 5), ("n_embd", "a"),
+    ("rope_parameters", [1]), ("rope_parameters", "x"), ("rope_parameters", {"rope_type": "yarn"}),
 ])  # fmt: skip
 def test_what_we_do_not_compute_is_refused_by_name(key, value):
     with pytest.raises(UserError, match=key):

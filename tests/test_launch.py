@@ -248,9 +248,10 @@ def test_the_queue_is_not_for_ever(host):
 
 CLUSTER = """
 import os, sys
-from moe_embed import cluster, config
+from moe_embed import config
+from moe_embed import job as job_lib
 try:
-    job = cluster.find(os.environ)
+    job = job_lib.find(os.environ)
 except config.UserError as error:
     sys.exit(f"error: {error}")
 print(f"task {job.process} of {job.count} takes {job.local_devices}")

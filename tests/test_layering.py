@@ -16,14 +16,14 @@ TREES = {name: ast.parse(text) for name, text in FILES.items()}
 OURS = [name for name in TREES if not name.startswith(("torch_files/", "sample/"))]  # what `import` can find
 
 LAYERS = (
-    {"config", "verb", "metrics", "cluster", "agreement", "fields", "watchdog", "preemption", "stored", "batcher"},
+    {"config", "verb", "metrics", "job", "cluster", "agreement", "fields", "watchdog", "preemption", "stored", "bucket", "batcher"},
     {"data", "data.sources", "data.pairs", "data.tables", "data.tally", "data.inputs", "data.prepared", "data.hygiene", "data.spool", "data.tokenizer", "data.mixture", "data.packing", "data.batches", "data.sizes", "data.loading", "data.mlm_batches", "data.origin", "data.corpus", "data.vocabulary"},
     {"sharding"},
-    {"model", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
+    {"model", "model.capability", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},
-    {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "significance", "bm25", "quantize", "hf_layout", "hf_config", "hf_folder",
+    {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "results", "significance", "bm25", "quantize", "hf_layout", "bias_fold", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "protocol", "mteb_model", "same_run", "held_out", "hlo", "hlo_count",
-     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "card_facts", "calibrate", "gguf_file", "push", "vector_file", "run_data", "page", "charts", "heat_map", "geometry", "expert_maps", "run_texts", "report_sections", "retrieval_section", "model_sections"},
+     "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "card_facts", "calibrate", "gguf_file", "push", "vector_file", "run_data", "trackers", "page", "charts", "heat_map", "geometry", "expert_maps", "run_texts", "report_sections", "retrieval_section", "model_sections"},
     {""},  # moe_embed/__init__.py: the public names
     {"train", "plan", "embed", "evaluate", "export", "filter", "import_hf", "mine", "report", "serve", "soup", "upcycle", "doctor", "mteb_benchmark", "paper_table", "worth", "prepare"},  # the verbs
 )  # fmt: skip
@@ -42,6 +42,8 @@ FENCES = {
     "gguf": {"gguf_file.py"},
     "llama_cpp": {"gguf_file.py"},
     "huggingface_hub": {"push.py"},
+    "tensorboardX": {"trackers.py"},
+    "wandb": {"trackers.py"},
     "pytrec_eval": {"retrieval.py"},
     "bm25s": {"bm25.py"},
     "starlette": {"serve.py"},
@@ -50,6 +52,7 @@ FENCES = {
     "array_record": {"data/prepared.py", "data/spool.py"},
     "tensorflow_datasets": {"data/inputs.py", "data/prepared.py", "data/spool.py"},
     "datasets": {"data/inputs.py"},
+    "fsspec": {"bucket.py"},
     "pickle": set(),
 }
 NO_TEST = {

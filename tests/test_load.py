@@ -1,6 +1,7 @@
 """encode: rows in the caller's order, the same vector in any company, and clear refusals."""
 
 import dataclasses
+import shutil
 import sys
 
 import jax
@@ -91,9 +92,16 @@ def test_a_model_folder_is_replaced_and_nothing_else(model, tmp_path):
     assert load(tmp_path / "m", mesh=model.mesh).prompts == model.prompts
     (tmp_path / "m" / "finetuned").mkdir()
     (tmp_path / "m" / "finetuned" / "notes.txt").write_text("precious")
-    with pytest.raises(UserError, match="also holds finetuned, which would be lost"):
+    with pytest.raises(UserError, match=r"also holds finetuned/notes\.txt, which would be lost"):
         save(model, tmp_path / "m", made_by="a test")
     assert (tmp_path / "m" / "finetuned" / "notes.txt").read_text() == "precious"
+    shutil.rmtree(tmp_path / "m" / "finetuned")
+    for inside in ("checkpoints/notes.txt", "checkpoints/0/notes.txt", "checkpoints/1/digests.json"):
+        (tmp_path / "m" / inside).parent.mkdir(exist_ok=True)
+        (tmp_path / "m" / inside).write_text("precious")
+        with pytest.raises(UserError, match=f"also holds {inside}, which would be lost"):
+            save(model, tmp_path / "m", made_by="a test")
+        (tmp_path / "m" / inside).unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         save(model, tmp_path / "file" / "m", made_by="a test")
@@ -159,3 +167,13 @@ def test_a_step_of_a_workdir_can_be_chosen(tmp_path):
     for step, words in ((1, "step 1 of .* does not verify: .*it is unfinished"), (3, "step 3 of")):
         with pytest.raises(UserError, match=words):
             load(tmp_path, step=step)
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_a_sentence(tmp_path):
+    c = config_lib.load("configs/demo.py:tiny")
+    params = jax.tree.map(np.asarray, encoder.init(c.encoder, c.moe, key=jax.random.key(0)))
+    write_description(tmp_path, c, tokenizer_lib.read(c.data.tokenizer), prompts={})
+    checkpoint.save(tmp_path / "checkpoints", {"step": 1, "params": params}, facts={}, keep=9)
+    mesh = sharding.make_mesh(config_lib.Mesh(data=1, expert=3), devices=jax.devices()[:3])
+    with pytest.raises(config_lib.UserError, match=r"does not fit the mesh .*not divisible by 3"):
+        load(tmp_path, mesh=mesh)

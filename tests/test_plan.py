@@ -88,8 +88,8 @@ def test_kernels_that_nobody_can_count_are_said():
     [
         ((), 12, 6, "--config.data.rows=16, 64 micro-batches"),
         ((), 18, 6, "--config.data.rows=8, 128 micro-batches"),
-        ((), 5, 16, "--topology=v5e-16"),
-        (("--config.run.recompute=false",), 100, 5, "--topology=v5e-16"),
+        ((), 5, 16, "--topology=v5e-16 (not computed)"),
+        (("--config.run.recompute=false",), 100, 5, "--topology=v5e-16 (not computed)"),
         (("--config.run.recompute=false",), 15, 6, "--config.run.recompute=true"),
         (("--config.data.batch_size=131072", "--config.loss.form=gathered"), 5, 14, "--config.loss.form=ring"),
         (("--config.data.batch_size=131072", "--config.loss.form=ring"), 12, 6, "--config.data.rows=16, 512 micro-batches"),
@@ -139,7 +139,10 @@ def test_main_writes_json_and_a_picture(tmp_path, capsys, monkeypatch):
         (("--topology=v5e-9",), "--topology=v5e-9 is not known; known: v5e-{1,4,8"),
         (("--topology=8xH100", "--config.data.batch_size=100"), "not divisible by the mesh's 8 devices"),
         (("--topology=8xH100", "--config.mesh.expert=3"), "does not divide the 8 devices"),
-        (("--topology=8xH100", "--tokens_per_pair=0"), "--tokens_per_pair=0.0 must be positive"),
+        (("--topology=8xH100", "--tokens_per_pair=0"), "--tokens_per_pair=0.0 must be a positive number"),
+        (("--topology=8xH100", "--tokens_per_pair=nan"), "--tokens_per_pair=nan must be a positive number"),
+        (("--topology=8xH100", "--tokens_per_pair=inf"), "--tokens_per_pair=inf must be a positive number"),
+        (("--topology=8xH100", "--output=p.svg"), "--output=p.svg is for JSON; name a .json file"),
         (("--topology=8xH100", "--output=/nowhere/plan.json"), "cannot be written"),
     ],
 )

@@ -60,6 +60,7 @@ def test_what_a_request_may_leave_out_and_what_it_may_say():
         ({"input": "a", "task": ["query"]}, 400, "task", "unknown task"),
         ({"input": "a", "model": "other"}, 404, "model", "this server has 'demo'"),
         ({"input": "a", "prompt": "x"}, 400, "prompt", "unknown field 'prompt'"),
+        (b'{"\\ud800": 1}', 400, "\\ud800", "unknown field"),
     ],
 )
 def test_refusals_say_what_and_where(body, status, param, words):
@@ -69,6 +70,7 @@ def test_refusals_say_what_and_where(body, status, param, words):
     assert (caught.value.status, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert words in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+    assert json.dumps(error, ensure_ascii=False).encode()  # as starlette writes it
 
 
 def test_a_default_task_that_a_client_names_wrongly_is_refused_too():

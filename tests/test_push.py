@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_an_argument_that_the_package_does_not_know_is_noticed(stand):
 def test_a_refusal_is_one_sentence_without_the_token(stand, tmp_path):
     stand.fault = OSError("bad hf_secret\nat a server")
     with pytest.raises(UserError, match=r"not pushed to a/b: bad \*\*\* at a server"):
+        push.push(tmp_path, "a/b", environment=TOKEN)
+
+
+@pytest.mark.parametrize(("said", "words"), [("no route", "no route"), ("", "ConnectError")])
+def test_a_hub_that_cannot_be_reached_is_one_sentence(stand, monkeypatch, tmp_path, said, words):
+    httpx = types.ModuleType("httpx")  # huggingface_hub sends by it from its version 1 on
+    httpx.HTTPError = type("HTTPError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "httpx", httpx)
+    stand.fault = type("ConnectError", (httpx.HTTPError,), {})(said)
+    with pytest.raises(UserError, match=f"the folder is written, but was not pushed to a/b: {words}"):
         push.push(tmp_path, "a/b", environment=TOKEN)
 
 

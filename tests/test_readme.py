@@ -53,7 +53,8 @@ TINY: dict[str, tuple[dict[str, str], str]] = {
     "python -m moe_embed.evaluate --model=W --task=A,B --output=steps.jsonl --watch": ({}, ""),
     "python -m moe_embed.train --config=configs/demo.py --workdir=runs/mine --config.data.sources=my_pairs.jsonl --config.run.steps=300": (
         {"demo.py": "demo.py:tiny", "steps=300": "steps=2"}, SMALL),
-    "python -m moe_embed.evaluate --model=runs/mine --task=my_beir_folder --output=r.json --baseline=bm25": ({}, ""),
+    "python -m moe_embed.evaluate --model=runs/mine --task=my_beir_folder --output=mine.json --baseline=bm25": ({}, ""),
+    "python -m moe_embed.evaluate --model=MODEL --task=my_beir_folder --output=base.json": ({}, ""),
     "python -m moe_embed.embed --model=runs/mine --search=my_beir_folder/corpus.jsonl": ({}, ""),
     "python -m moe_embed.export --model=runs/mine --output=my_model": ({}, ""),
     "python -m moe_embed.embed --model=runs/mine --input=texts.jsonl.gz --output=E.npy --task=document": ({}, ""),
@@ -66,11 +67,12 @@ model.encode(["Wie drucke ich?"], task="query", dim=64)""": ({"dim=64": "dim=16"
     "python -m moe_embed.import_hf --model=multilingual-e5-small --output=runs/e5": ({}, ""),
     "python -m moe_embed.upcycle --model=runs/e5 --output=runs/e5-moe": ({}, ""),
     "python -m moe_embed.mine --model=runs/e5 --pairs=pairs.jsonl --output=mined.jsonl": ({}, ""),
-    "python -m moe_embed.train --config=configs/nomic_v2/finetune.py:ours --init_from=runs/e5-moe --workdir=runs/mine "
+    "python -m moe_embed.train --config=configs/nomic_v2/finetune.py:ours --init_from=runs/e5-moe --workdir=runs/finetuned "
     "--config.data.sources=mined.jsonl --config.loss.dims=384,128": (
-        {"384,128": "16,8", "runs/mine": "runs/finetuned"},
+        {"384,128": "16,8"},
         "--config.data.query_length=32 --config.data.document_length=32 --config.data.row_length=64 --config.data.rows=32 "
         "--config.data.batch_size=8 --config.data.num_negatives=2 --config.data.by_language=false --config.run.steps=2"),
+    "python -m moe_embed.export --model=runs/finetuned --output=finetuned": ({}, ""),
     "python -m moe_embed.worth --config=configs/finetune_pairs.py --config.data.sources=pairs.csv --init_from=DENSE --workdir=W": (
         {"=W": "=runs/worth"}, "--config.run.steps=2"),
 }  # fmt: skip
@@ -296,7 +298,6 @@ def world(tmp_path_factory) -> pathlib.Path:
     tiny = f"python -m moe_embed.train --config=configs/demo.py:tiny --config.run.steps=2 {SMALL} --config.data.sources=my_pairs.jsonl"
     execute(folder, f"{tiny} --workdir=MODEL")
     execute(folder, f"{tiny} --workdir=DENSE --config.moe.num_experts=0")
-    execute(folder, "python -m moe_embed.evaluate --model=MODEL --task=my_beir_folder --output=base.json")
     return folder
 
 

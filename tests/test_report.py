@@ -180,6 +180,9 @@ def test_the_page_says_what_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--workdir="], r"--workdir= names no run"),
+        (["--workdir=,"], r"--workdir=, names no run"),
+        (["--workdir=", "--output=r.html"], r"--workdir= names no run"),
         (["--evaluation=r.json"], r"drawn in the page: name it with --output"),
         (["--output=gone/r.html"], r"--output=gone/r\.html cannot be written"),
         (["--output=r.html", "--evaluation=a,b"], r"names 2 files and --workdir 1 runs; give one a run"),

@@ -84,6 +84,9 @@ def test_the_plans_bars(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"hbm": {}}))
     with pytest.raises(UserError, match="is no output of plan"):
         report_sections.read_plan(tmp_path / "other.json")
+    (tmp_path / "other.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"is no output of plan.*nested too deep"):
+        report_sections.read_plan(tmp_path / "other.json")
 
 
 def test_what_is_no_run(tmp_path):

@@ -60,7 +60,7 @@ def until(holds, *, seconds=30):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("num_devices", [1, 3, 6, 8])
 @pytest.mark.parametrize("max_seq_length", [20, 64, 160, 512])
 def test_what_is_warmed_is_what_is_needed(max_seq_length, num_devices):
     """Of texts of any lengths. And none of it could be left out: each is met by the texts that warm it."""
@@ -303,6 +303,21 @@ def held():
     server.should_exit = True
     thread.join(20)
     batcher.close()
+
+
+def test_a_long_warm_up_says_how_far_it_is(monkeypatch, capsys):
+    """A line now and then; a bar is for a terminal."""
+    shape = types.SimpleNamespace(max_seq_length=32)
+    model = types.SimpleNamespace(encoder=shape, mesh=types.SimpleNamespace(size=1), encode=lambda *a, **k: None)
+    wanted = len(serve.shapes(32, num_devices=1, max_batch=16))
+    assert wanted > 3
+    for between, lines in ((-1.0, wanted), (1000.0, 0)):
+        monkeypatch.setattr(serve, "BETWEEN_LINES", between)
+        serve.warm_up(model, max_batch=16, ending=threading.Event())
+        out, err = capsys.readouterr()
+        assert out.startswith(f"warming up: {wanted} shapes, rows of ")
+        assert out.count(f" of {wanted} shapes, 0 s\n") == lines
+        assert err == ""
 
 
 @pytest.mark.serve

@@ -253,6 +253,22 @@ def test_every_missing_file_is_named(config):
     assert all(name in str(error.value) for name in ("a.jsonl", "b.jsonl", "t.model", "task"))
 
 
+def test_a_bad_file_is_said_before_weights_are_read(config, tmp_path, monkeypatch):
+    (tmp_path / "pairs.csv").write_text("question,document\na,b\n")
+
+    def load(*arguments, **options):
+        raise FileNotFoundError("the model is read")
+
+    monkeypatch.setattr(train, "load", load)
+    data = dataclasses.replace(config.data, sources=(str(tmp_path / "pairs.csv"),), weights=(), tokenizer="")
+    bad = dataclasses.replace(config, data=data)
+    with pytest.raises(config_lib.UserError, match=r"pairs\.csv"):
+        train.train(bad, workdir=tmp_path / "w", init_from="a model")
+    (tmp_path / "pairs.csv").write_text("query,document\na,b\n")
+    with pytest.raises(FileNotFoundError, match="the model is read"):  # with good pairs it is next
+        train.train(bad, workdir=tmp_path / "w", init_from="a model")
+
+
 def test_parameters_are_counted_as_a_token_meets_them(config):
     mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
     total, active = program.count_parameters(program.build(config, mesh).abstract_state["params"], config)

@@ -191,6 +191,25 @@ def test_texts_that_change_while_they_are_read(model, tmp_path):
         (tmp_path / "e.npy.progress.json").unlink()
 
 
+def test_a_fault_of_reading_is_not_called_one_of_writing(model, tmp_path, monkeypatch):
+    def read():
+        yield TEXTS[0]
+        raise OSError(5, "Input/output error", "texts.jsonl")
+
+    with pytest.raises(OSError, match=r"texts\.jsonl"):
+        vector_file.write(model, tmp_path / "e.npy", texts_of()._replace(read=read))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(vector_file.os, "fsync", full)
+    with (
+        open(tmp_path / "e.npy.partial", "ab") as file,
+        pytest.raises(UserError, match=r"e\.npy\.partial cannot be written: No space left"),
+    ):
+        vector_file._append(file, b"x")
+
+
 def test_two_writers_and_no_room(model, tmp_path, monkeypatch):
     with open(tmp_path / "e.npy.partial", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -213,10 +232,10 @@ def test_only_one_chunk_is_read_ahead(model, tmp_path, monkeypatch):
             asked.append(text)
             yield text
 
-    write = vector_file._write
+    write = vector_file.stored.write_json
     monkeypatch.setattr(
-        vector_file,
-        "_write",
+        vector_file.stored,
+        "write_json",
         lambda path, value: (ahead.append(len(asked) - value["rows"]), write(path, value)),
     )
     vector_file.write(model, tmp_path / "e.npy", texts_of()._replace(read=counted))

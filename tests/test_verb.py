@@ -1,6 +1,9 @@
 """How a verb ends: an exit code, sentences on stderr, and jax set up as the machine needs it."""
 
 import errno
+import fnmatch
+import glob
+import importlib
 import io
 import os
 import subprocess
@@ -11,6 +14,7 @@ import pytest
 
 from moe_embed import verb
 from moe_embed.config import UserError
+from tests import test_layering as layering
 
 
 def ends(main, *arguments, monkeypatch) -> int | None:
@@ -90,21 +94,72 @@ def test_a_reader_that_has_gone_is_no_fault_for_what_waits_in_the_buffer_either(
 
 @pytest.mark.parametrize(
     ("device", "platforms", "expected"),
-    [(None, None, "cpu"), ("/dev/nvidiactl", None, None), ("/dev/accel0", None, None), (None, "cuda", None)],
+    [
+        (None, None, "cpu"),
+        (None, "", "cpu"),  # set to nothing is not set
+        ("/dev/vfio/vfio", None, "cpu"),  # of the kernel's module, without a device
+        ("/dev/vfio/0", None, None),
+        ("/dev/nvidiactl", None, None),
+        ("/dev/accel0", None, None),
+        ("/dev/accel0", "", None),
+        (None, "cuda", None),
+    ],
 )
 def test_jax_is_told_to_use_the_cpu_only_where_nothing_else_is(device, platforms, expected, monkeypatch):
     """Else an installed plugin is probed, with a warning; a JAX_PLATFORMS of the user's own stands."""
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    monkeypatch.setattr(os.path, "exists", lambda path: path == device)
+    monkeypatch.setattr(glob, "glob", lambda pattern: fnmatch.filter([device or ""], pattern))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    if platforms:
+    if platforms is not None:
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
     assert ends(lambda argv: 0, monkeypatch=monkeypatch) == 0
     assert (updates["jax_platforms"] if "jax_platforms" in updates else None) == expected
     assert updates["jax_compilation_cache_dir"] == os.path.expanduser("~/.cache/moe_embed/xla")
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == updates["jax_compilation_cache_dir"]  # for child processes
+
+
+HELPS = """
+import importlib, sys
+from moe_embed import verb
+for name in sys.argv[1].split(","):
+    sys.argv[1:] = ["--help"]
+    try:
+        verb.run(importlib.import_module(f"moe_embed.{name}").main)
+    except SystemExit as end:
+        assert not end.code, name
+import jax
+try:
+    jax.devices()
+except RuntimeError:
+    print("and no device was asked for", flush=True)
+"""
+
+
+def test_help_asks_for_no_device():
+    """With a platform that does not exist, any question about devices fails, as the last one does."""
+    verbs = sorted(layering.LAYERS[-1])
+    done = subprocess.run([sys.executable, "-c", HELPS, ",".join(verbs)], capture_output=True, text=True, check=False,
+                          env=os.environ | {"JAX_PLATFORMS": "none_such"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("usage: python -m moe_embed.") == len(verbs)
+    assert done.stdout.endswith("and no device was asked for\n")
+
+
+@pytest.mark.parametrize(("platforms", "silent"), [(None, True), ("", True), ("tpu,cpu", False)])
+def test_libtpu_is_silent_where_there_is_no_tpu_unless_one_is_asked_for(platforms, silent):
+    """An installed libtpu that is looked at writes to stderr; asked for by name it is to say what is wrong."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment |= {} if platforms is None else {"JAX_PLATFORMS": platforms}
+    code = "import jax; from moe_embed import evaluate, verb; verb.run(lambda argv: print(jax.devices()[0].platform))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    if silent:
+        assert done.returncode == 0
+        assert "host bounds" not in done.stderr
+        assert "TPU" not in done.stderr
+    else:
+        assert "jax finds no device for JAX_PLATFORMS=tpu,cpu" in done.stderr
 
 
 def test_the_users_own_cache_stands(monkeypatch):
@@ -113,6 +168,50 @@ def test_the_users_own_cache_stands(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     assert ends(lambda argv: 0, monkeypatch=monkeypatch) == 0
     assert updates["jax_compilation_cache_dir"] == "/elsewhere"
+
+
+def parser() -> verb.Parser:
+    made = verb.Parser("train", "What it does.", overrides=True)
+    made.add_argument("--init_from")
+    made.add_argument("--config", required=True)
+    made.add_argument("--steps", type=int)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--init_form=m"], r"--init_form is no flag of python -m moe_embed\.train; did you mean --init_from\?"),
+        (["--confg=a.py"], "--confg is no flag of .* did you mean --config"),  # and not that --config is missing
+        (["--config=a.py", "--zzz"], "--zzz is no flag of .*; known: .*--init_from"),
+        (["--config.data.rows=1"], r"the following arguments are required: --config; .*train --help shows all flags\."),
+        (["--config=a.py", "--steps=x"], "argument --steps: invalid int value: 'x'; "),
+    ],
+)
+def test_a_fault_in_the_flags_is_one_sentence(arguments, said):
+    with pytest.raises(UserError, match=f"^{said}") as caught:
+        parser().parse_known_args(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_that_are_right_are_taken():
+    found, overrides = parser().parse_known_args(["--config=a.py", "--init_from", "m", "--config.data.rows=1"])
+    assert (found.config, found.init_from, found.steps, overrides) == ("a.py", "m", None, ["--config.data.rows=1"])
+    without = verb.Parser("embed", "What it does.")
+    without.add_argument("--config")
+    assert without.parse_args(["--conf=b.py"]).config == "b.py"
+    with pytest.raises(UserError, match=r"--config\.data\.rows is no flag of .*; did you mean --config\?"):
+        without.parse_args(["--config.data.rows=1"])
+
+
+def test_every_verb_has_such_flags():
+    verbs = layering.LAYERS[-1]
+    assert len(verbs) > 15
+    for name in sorted(verbs):
+        with pytest.raises(
+            UserError, match=rf"^--hlep is no flag of python -m moe_embed\.{name}; did you mean --help\?"
+        ):
+            importlib.import_module(f"moe_embed.{name}").main(["--hlep"])
 
 
 def test_an_output_is_checked_before_the_work(tmp_path, monkeypatch):
