@@ -14,14 +14,16 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Callable
 
 from etils import epath
 
 from moe_embed.config import UserError
 
-ADDRESS = re.compile(
-    r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/?#@]+)+/?"
-)  # no signature or password: it would be written down
+# No signature or password: it would be written down. No pattern either: gcsfs deletes whatever one matches.
+ADDRESS = re.compile(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/?#@*\[\]]+)+/?")
+
+TRIES = 3  # of deleting what is in a folder, where some of it was deleted meanwhile
 
 
 def path_of(text: str | pathlib.Path | epath.Path, *, flag: str = "") -> pathlib.Path | epath.Path:
@@ -29,7 +31,7 @@ def path_of(text: str | pathlib.Path | epath.Path, *, flag: str = "") -> pathlib
     text = str(text)
     if "://" not in text:
         return pathlib.Path(text)
-    plain = re.split("[?#]", re.sub("://[^/]*@", "://", text))[0]  # what may be said of it
+    plain = re.split("[?#]", re.sub("://.*@", "://", text))[0]  # what may be said of it: a secret may have a '/' in it
     if not text.startswith("gs://"):
         scheme = text.partition("://")[0]
         raise UserError(
@@ -37,7 +39,7 @@ def path_of(text: str | pathlib.Path | epath.Path, *, flag: str = "") -> pathlib
             f"{scheme}:// and name the mounted folder."
         )
     if not ADDRESS.fullmatch(text):
-        raise UserError(f"{flag}{plain} is not gs://BUCKET/PATH, or has a '?', a '#' or an '@' in it.")
+        raise UserError(f"{flag}{plain} is not gs://BUCKET/PATH, or has one of ? # @ * [ ] in it.")
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f'{flag}{text} needs gcsfs, which is not installed: pip install -e ".[gcs]"')
     _store()
@@ -57,8 +59,7 @@ def check(path: pathlib.Path | epath.Path) -> None:
     try:
         write(probe, b"")
         listed = names(path)
-        with _one_kind_of_error(path):
-            _store().rm_file(str(probe))
+        remove(probe)
     except FileNotFoundError as error:
         raise UserError(f"--workdir={path} cannot be written: there is no bucket {path.parts[2]}.") from error
     except OSError as error:
@@ -75,15 +76,26 @@ def read(path: pathlib.Path | epath.Path) -> bytes:
     if not is_remote(path):
         return path.read_bytes() if path.is_file() else b""
     try:
-        with _one_kind_of_error(path):
+        with errors_of(path):
             return _store().cat_file(str(path))
     except FileNotFoundError:
         return b""
 
 
+def is_file(path: pathlib.Path | epath.Path) -> bool:
+    """Whether there is such a file. OSError: it cannot be told (where epath says no, or raises what gcsfs does)."""
+    if not is_remote(path):
+        return path.is_file()
+    try:
+        with errors_of(path):
+            return _store().info(str(path))["type"] == "file"
+    except FileNotFoundError:
+        return False
+
+
 def write(path: epath.Path, data: bytes) -> None:
     """One object, whole. OSError: it could not be, after the tries that gcsfs makes."""
-    with _one_kind_of_error(path):
+    with errors_of(path):
         _store().pipe_file(str(path), data)
 
 
@@ -91,7 +103,7 @@ def names(folder: pathlib.Path | epath.Path) -> list[str]:
     """The files below a folder by their paths from it, sorted; none where there is no folder."""
     if not is_remote(folder):
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    with _one_kind_of_error(folder):
+    with errors_of(folder):
         start = str(folder).removeprefix("gs://") + "/"
         return sorted(name.removeprefix(start) for name in _store().find(str(folder)) if name.startswith(start))
 
@@ -104,13 +116,18 @@ def remove(path: pathlib.Path | epath.Path, *, first: str = "") -> None:
         path.unlink(missing_ok=True)
         return
     there = names(path)
-    with _one_kind_of_error(path), contextlib.suppress(FileNotFoundError):
-        if first in there:
-            _store().rm_file(f"{path}/{first}")
+    if first in there or not there:
+        _delete(path, _store().rm_file, f"{path}/{first}" if there else str(path))
+    for _ in range(TRIES):
         if left := [f"{path}/{name}" for name in there if name != first]:
-            _store().rm(left)
-        if not there:
-            _store().rm_file(str(path))
+            _delete(path, _store().rm, left)
+            there = names(path)
+
+
+def _delete(path: epath.Path, f: Callable, what: str | list[str]) -> None:
+    """What is not there is deleted: gcsfs asks again where an answer was lost, and is told so; of a list it then stops."""
+    with errors_of(path), contextlib.suppress(FileNotFoundError):
+        f(what)
 
 
 @functools.cache
@@ -129,12 +146,12 @@ def _store():
 
 
 @contextlib.contextmanager
-def _one_kind_of_error(path):
-    """FileNotFoundError as it is; all else that gcsfs raises (HttpError, aiohttp's, google.auth's) as an OSError with a sentence."""
+def errors_of(path: pathlib.Path | epath.Path):
+    """Within it, of a path in a bucket: FileNotFoundError as it is; all else that gcsfs raises (HttpError, aiohttp's, google.auth's) as an OSError with a sentence."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except Exception as error:
+        if isinstance(error, FileNotFoundError) or not is_remote(path):
+            raise
         said = str(error).strip().splitlines()
         raise OSError(errno.EIO, (said[-1] if said else type(error).__name__).rstrip("."), str(path)) from error

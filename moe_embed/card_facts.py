@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moe_embed import checkpoint, held_out, results, run_data, stored
+from moe_embed import bucket, checkpoint, held_out, results, run_data, stored
 from moe_embed.config import UserError
 from moe_embed.load import DESCRIPTION, read_description
 
@@ -37,7 +37,7 @@ class Facts(NamedTuple):
 
 def of_workdir(root: pathlib.Path) -> Facts:
     """What the workdir at `root` knows; no facts of a folder of another kind. Paths are cut to names."""
-    if not (root / DESCRIPTION).is_file():
+    if not bucket.is_file(root / DESCRIPTION):
         return Facts()
     description = read_description(root)
     if description.config is None:
@@ -47,10 +47,11 @@ def of_workdir(root: pathlib.Path) -> Facts:
     data_card, verdict = root / run_data.CARD, ""
     try:
         files = tuple((str(name), int(count)) for name, count, _ in written["files"]) if "files" in written else ()
-        if (root / held_out.FILE).is_file():
+        if bucket.is_file(root / held_out.FILE):
             found = stored.read_json(root / held_out.FILE)
-            verdict = str(found["verdict"]) if "verdict" in found else ""
-        of_data = data_card.read_text("utf-8") if data_card.is_file() else ""
+            of_step = "steps" not in found or found["steps"] == step  # else of a run that has gone on, or back
+            verdict = str(found["verdict"]) if "verdict" in found and of_step else ""
+        of_data = bucket.read(data_card).decode("utf-8")
     except (OSError, ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{root} does not say what it was trained on: {error!r:.200}.") from error
     began = description.init_from or ""

@@ -31,7 +31,7 @@ OF_A_PROCESS = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")  # Orbax's folder for
 
 
 def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathlib.Path:
-    """Write state {"step", "params"[, "optimizer"]} to folder/<step>, its manifest last; then drop all but `keep` good ones.
+    """Write state {"step", "params"[, "optimizer"]} to folder/<step>, its manifest last; then `drop` steps before it.
 
     `facts` (plain JSON: the data fingerprint) is kept in the manifest. Returns the step's directory. Of several processes all
     call this, and Orbax writes what each has to one folder; the rest is process 0's, and nobody goes on before it is done.
@@ -40,7 +40,8 @@ def save(folder: pathlib.Path, state: dict, *, facts: dict, keep: int) -> pathli
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(path, args=to_save(state))
     rows = cluster.gather(digests(path))
-    cluster.on_first(lambda: finish(path, rows, arrays=arrays_of(state), facts=facts, keep=keep))
+    cluster.on_first(lambda: finish(path, rows, arrays=arrays_of(state), facts=facts))
+    cluster.on_first(lambda: drop(folder, int(state["step"]), keep=keep))
     return path.with_suffix("")
 
 
@@ -76,27 +77,31 @@ def num_bytes(state: dict) -> int:
 
 
 def digests(path: pathlib.Path) -> dict[str, str]:
-    """Of the files of a step that this process wrote: it may still hold them in memory, and knows what they should be."""
+    """Of the files of a step that this process wrote, as they are read back: the page cache may still hold them; a bucket is asked."""
     me = jax.process_index()
     writer = lambda name: int(found[1]) if (found := OF_A_PROCESS.search(name)) else 0  # noqa: E731
     return {name: _digest(path / name) for name in bucket.names(path) if writer(name) == me}
 
 
-def finish(path: pathlib.Path, rows: Sequence[dict], *, arrays: dict, facts: dict, keep: int) -> None:
-    """Process 0's: all processes' digests become the manifest, and with it what was written takes its place as a step.
-
-    Of the steps that verify the newest `keep` stay.
-    """
+def finish(path: pathlib.Path, rows: Sequence[dict], *, arrays: dict, facts: dict) -> None:
+    """Process 0's: all processes' digests become the manifest, and with it what was written takes its place as a step."""
     files = {name: digest for row in rows for name, digest in row.items()}
-    folder, final = path.parent, path.with_suffix("")
+    final = path.with_suffix("")
     _write_manifest(path, {"schema": SCHEMA, "step": int(final.name), "facts": facts, "arrays": arrays, "files": files})
     if bucket.is_remote(path):
         bucket.remove(_mark(path))
     else:
         bucket.remove(final)  # it does not verify, or the run would have begun with it
         path.rename(final)
+
+
+def drop(folder: pathlib.Path, step: int, *, keep: int) -> None:
+    """Of the steps up to `step`, which was just written, the newest `keep` that verify stay.
+
+    Those after it were passed over when the run began, or it would have begun with them, and count for nothing.
+    """
     contents = not bucket.is_remote(folder)  # gigabytes over the network at each save, of objects that nothing changes
-    for old in [s for s in steps(folder) if not problem(folder, s, contents=contents)][:-keep]:
+    for old in [s for s in steps(folder) if s <= step and not problem(folder, s, contents=contents)][:-keep]:
         _delete(folder / str(old))
 
 
@@ -174,6 +179,8 @@ def problem(folder: pathlib.Path, step: int, *, contents: bool = True) -> str:
     if "step" in manifest and manifest["step"] != step:
         return f"{path} is a copy of step {manifest['step']}"
     present = {name for name in bucket.names(path) if name.rpartition("/")[2] != MANIFEST}
+    if bucket.is_remote(path):  # more may lie there: what a save that failed still had under way. Nothing refers to it
+        present &= set(files)
     if present != set(files):
         return f"{path} lacks or has too many files: {', '.join(sorted(present ^ set(files))[:3])}"
     for name, digest in files.items() if contents else ():
@@ -289,7 +296,7 @@ def _write_manifest(path: pathlib.Path, manifest: dict) -> None:
 
 
 def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
+    with bucket.errors_of(path), path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 

@@ -202,9 +202,9 @@ def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None, ste
     """
     root = bucket.path_of(path)
     mesh = sharding.make_mesh(config_lib.Mesh()) if mesh is None else mesh
-    if (root / DESCRIPTION).is_file():
+    if bucket.is_file(root / DESCRIPTION):
         return _load_workdir(root, mesh, step)
-    if (root / "config.json").is_file() and step is None:
+    if bucket.is_file(root / "config.json") and step is None:
         if bucket.is_remote(root):
             raise UserError(
                 f"{root} is a Hugging Face folder in a bucket; gcloud storage cp -r it here, and name the copy."
@@ -283,7 +283,7 @@ def read_description(root: pathlib.Path) -> Description:
 def find_tokenizer(root: pathlib.Path) -> tokenizer_lib.Tokenizer | tokenizer_lib.JsonTokenizer:
     """The tokenizer a workdir or model folder carries."""
     kinds = (tokenizer_lib.Tokenizer, tokenizer_lib.JsonTokenizer)
-    there = [root / kind.file_name for kind in kinds if (root / kind.file_name).is_file()]
+    there = [root / kind.file_name for kind in kinds if bucket.is_file(root / kind.file_name)]
     return tokenizer_lib.read(there[0] if there else root / kinds[0].file_name)
 
 
@@ -324,13 +324,10 @@ def save(model: Model, output: str | pathlib.Path, *, made_by: str) -> None:
 
 def check_model_output(root: pathlib.Path) -> None:
     """UserError, before any work, unless `save` may write a model folder at `root`; the folder it is to be in is made."""
-    try:
-        root.resolve().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={root} cannot be made: {error.strerror} ({error.filename}).") from error
+    make_parent(root)
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return
-    if not (root / DESCRIPTION).is_file() or read_description(root).config is not None:
+    if not bucket.is_file(root / DESCRIPTION) or read_description(root).config is not None:
         raise UserError(f"--output={root} exists and is no earlier model folder; name another.")
     own = {DESCRIPTION, tokenizer_lib.Tokenizer.file_name, tokenizer_lib.JsonTokenizer.file_name}
     own |= {f"checkpoints/0/{name}" for name in checkpoint.files_of(root / "checkpoints", 0)}
@@ -340,6 +337,16 @@ def check_model_output(root: pathlib.Path) -> None:
         raise UserError(
             f"--output={root} also holds {', '.join(others[:5])}, which would be lost; name another folder."
         )
+
+
+def make_parent(output: pathlib.Path) -> None:
+    """Make the folder that `output` is to be made in. UserError, before any work, where nothing can be written there."""
+    parent = output.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent).cleanup()
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be made: {error.strerror} ({parent}).") from error
 
 
 def _write(root: pathlib.Path, description: dict, tokenizer) -> None:

@@ -81,7 +81,7 @@ def write_page(
     if evaluations and len(evaluations) != len(runs):
         raise UserError(f"--evaluation names {len(evaluations)} files and --workdir {len(runs)} runs; give one a run.")
     measured = [next(iter(results.read(path, "--evaluation").values())) for path in evaluations]
-    there = [run.workdir / PLAN for run in runs if (run.workdir / PLAN).is_file()]
+    there = [run.workdir / PLAN for run in runs if bucket.is_file(run.workdir / PLAN)]
     plan = there[0] if plan is None and there else plan
     planned = report_sections.read_plan(plan) if plan else None
     asked = [model_sections.ask(run) for run in runs]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_embed import bars, charts, config, heat_map, metrics, page, stored
+from moe_embed import bars, bucket, charts, config, heat_map, metrics, page, stored
 from moe_embed.charts import Line
 from moe_embed.config import Config, UserError
 from moe_embed.load import DESCRIPTION, read_description
@@ -48,7 +48,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
     """The runs of the page. UserError for what is no run's workdir."""
     runs = []
     for i, workdir in enumerate(workdirs):
-        if not (workdir / DESCRIPTION).is_file():
+        if not bucket.is_file(workdir / DESCRIPTION):
             raise UserError(f"{workdir} is no workdir: it has no {DESCRIPTION}; train writes one.")
         of_run = read_description(workdir).config
         if of_run is None:

@@ -60,7 +60,7 @@ def check_workdir(config: Config, workdir: pathlib.Path, *, allow: Collection[st
     """
     if not bucket.is_remote(workdir):
         _check_folder(workdir)
-    if (workdir / DESCRIPTION).is_file() and checkpoint.steps(workdir / "checkpoints"):
+    if bucket.is_file(workdir / DESCRIPTION) and checkpoint.steps(workdir / "checkpoints"):
         before = read_description(workdir)
         if before.config is None:
             raise UserError(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import orbax.checkpoint as ocp
 
-from moe_embed import checkpoint, cluster
+from moe_embed import bucket, checkpoint, cluster
 from moe_embed.config import UserError
 
 TRIES = 5
@@ -101,14 +101,14 @@ class Saver:
             except Exception as error:  # whatever it is, the others wait to hear of it, and the run to try again
                 mine = {"problem": _sentence(error)}
         rows = cluster.gather(mine, call=calls[0])
-        self._problem = cluster.on_first(lambda: self._conclude(path, rows, arrays), call=calls[1])
+        self._problem = cluster.on_first(lambda: self._conclude(step, path, rows, arrays), call=calls[1])
         if self._problem:
             self._failed_at = time.monotonic()
             self.say(
                 f"warning: the save of step {step} failed: {self._problem}; training goes on, and it is tried again."
             )
 
-    def _conclude(self, path: pathlib.Path, rows: list[dict], arrays: dict) -> str:
+    def _conclude(self, step: int, path: pathlib.Path, rows: list[dict], arrays: dict) -> str:
         """Process 0's part; what went wrong, or ""."""
         problems = [
             f"process {i}: {row['problem']}" if len(rows) > 1 else row["problem"]
@@ -117,11 +117,19 @@ class Saver:
         if not problems:
             try:
                 files = [row["files"] for row in rows]
-                checkpoint.finish(path, files, arrays=arrays, facts=self.facts, keep=self.keep)
+                checkpoint.finish(path, files, arrays=arrays, facts=self.facts)
             except Exception as error:
                 problems = [_sentence(error)]
+        if problems and bucket.is_remote(path):
+            # Orbax's threads may still write there, and only with its mark beside it is that no step. The next save cleans.
+            return "; ".join(problems)
         with contextlib.suppress(OSError):  # Orbax's threads may still write there: the next save does it
             checkpoint.clean(self.folder)  # of what failed: it may be what fills the disk
+        if not problems:
+            try:
+                checkpoint.drop(self.folder, step, keep=self.keep)
+            except Exception as error:  # the step counts all the same
+                self.say(f"warning: steps before {step} could not be dropped: {_sentence(error)}.")
         return "; ".join(problems)
 
 

@@ -29,7 +29,7 @@ def read_json(path: pathlib.Path | epath.Path):
 
 
 def write_json(path: pathlib.Path | epath.Path, value) -> None:
-    """Put a value in a JSON file: whole or not at all, and on the disk when this returns. OSError: it could not be."""
+    """Put a value in a JSON file: whole or not at all, its bytes on the disk when this returns. OSError: it could not be."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
@@ -60,7 +60,7 @@ def open_alone(path: pathlib.Path) -> typing.BinaryIO:
 
 def read_bytes(path: pathlib.Path | epath.Path, *, most: int) -> bytes:
     """A file of at most `most` bytes. ValueError for a larger one, of which no more than that is read."""
-    with path.open("rb") as file:
+    with bucket.errors_of(path), path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it is larger than {most:,} bytes")

@@ -127,14 +127,14 @@ def train(
     `profile` steps, after the first WARM_UP, are traced for xprof.
     Of several processes (cluster.start) all call this; process 0 alone writes, but for the checkpoints' arrays.
     """
-    trackers.check(config.run.log_to)
+    trackers.check(config.run.log_to, workdir)
     agreement.check(config, others={"--workdir": str(workdir), "--init_from": init_from})
     mesh = sharding.make_mesh(config.mesh)
     cluster.on_first(lambda: bucket.check(workdir))
     checkpoints = workdir / "checkpoints"
     first = checkpoint.newest_verified(checkpoints, say=print, strict=strict_restore)
     prompts, base, tokenizer = prompts_of(config), None, None
-    described = read_description(workdir) if (workdir / DESCRIPTION).is_file() else None
+    described = read_description(workdir) if bucket.is_file(workdir / DESCRIPTION) else None
     init_from = same_run.same_beginning(described, init_from, workdir, begun=first is not None)
     if first is not None and described and described.config:
         config = held_out.as_begun(config, described.config)

@@ -104,6 +104,9 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
                 file=sys.stderr,
             )
             status = 2
+        elif isinstance(error, OSError) and str(error.filename).startswith("gs://"):
+            status, why = 2, f"{error.filename} cannot be read or written: {error.strerror}."
+            print(f"error: {why}", file=sys.stderr)
         elif isinstance(error, OSError) and error.errno in FULL:
             status, why = (
                 2,

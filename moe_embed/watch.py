@@ -107,7 +107,7 @@ def _stamp(folder: pathlib.Path, step: int) -> bytes | None:
 
 def _length(root: pathlib.Path) -> tuple[int | None, int]:
     """(the run's last step, steps between checkpoints); (None, 0) before there is a run."""
-    if not (root / DESCRIPTION).is_file():
+    if not bucket.is_file(root / DESCRIPTION):
         return None, 0
     config = read_description(root).config
     if config is None:

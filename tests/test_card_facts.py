@@ -41,6 +41,8 @@ def test_a_workdir_gives_names_counts_and_the_verdict(tmp_path, monkeypatch):
     for part in ("| pairs.csv | 1,234 |", "Trained for 5 steps of 32 pairs", "before and after: better by 3.0 points.",
                  'base_model: "owner/small"'):  # fmt: skip
         assert part in text
+    (tmp_path / held_out.FILE).write_text(json.dumps({"before": {}, "verdict": "better by 3.0 points.", "steps": 4}))
+    assert "better by" not in card(card_facts.of_workdir(tmp_path))  # the run has gone on since
     assert "/secret" not in text
     assert "/cache" not in text
     assert card_facts.of_workdir(tmp_path / "elsewhere") == card_facts.Facts()

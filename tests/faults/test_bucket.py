@@ -39,7 +39,9 @@ def in_a_folder(flags, tmp_path_factory):
 
 def copied(store, folder: pathlib.Path) -> pathlib.Path:
     """What gcloud storage cp -r would bring here."""
-    for name, item in store.buckets["bucket"].items():
+    with store.lock:
+        items = list(store.buckets["bucket"].items())
+    for name, item in items:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(item.data)
