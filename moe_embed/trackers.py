@@ -9,6 +9,8 @@ import contextlib
 import importlib.util
 import pathlib
 import secrets
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -18,11 +20,14 @@ from moe_embed.fields import first_line
 
 Log = Callable[[int, Mapping[str, float]], None]  # a step and its numbers by name
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+LEAVE = 60.0  # seconds that a tracker has at the end of a run: the other processes wait for this one
 WANDB_ID = "wandb.json"  # in the workdir: a run that continues is the same run there
 
 
-def check(names: Collection[str]) -> None:
-    """UserError for a tracker that does not exist, or whose package is not installed."""
+def check(names: Collection[str], workdir: pathlib.Path) -> None:
+    """UserError for a tracker that does not exist, whose package is not installed, or that cannot write below `workdir`."""
+    if names and bucket.is_remote(workdir):
+        raise UserError(f"config.run.log_to={','.join(names)} writes files of its own, and {workdir} is no folder.")
     for name in names:
         if name not in PACKAGES:
             raise UserError(f"config.run.log_to={name} is none of {', '.join(PACKAGES)}.")
@@ -45,9 +50,7 @@ def opened(
 
     UserError where one cannot begin: no account, no network.
     """
-    check(names)
-    if names and bucket.is_remote(workdir):
-        raise UserError(f"config.run.log_to={','.join(names)} writes files of its own, and {workdir} is no folder.")
+    check(names, workdir)
     logs, closes, failed = {}, {}, True
     try:
         for name in names:
@@ -69,22 +72,48 @@ def opened(
         failed = False
     finally:
         for name, close in closes.items():
-            try:
-                close(failed)
-            except Exception as error:
-                say(f"warning: {name} did not take leave ({_about(error)}).")
+            if said := _within(LEAVE, close, failed):
+                say(f"warning: {name} did not take leave ({said}).")
+
+
+def _within(seconds: float, f: Callable, *given) -> str:
+    """Call f(*given), and wait for it so long at most; why it did not end well, "" if it did."""
+    said = [f"no answer in {seconds:.0f} s"]
+
+    def call() -> None:
+        try:
+            f(*given)
+            said[0] = ""
+        except Exception as error:
+            said[0] = _about(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # else the process would wait for it at its exit
+    thread.start()
+    thread.join(seconds)
+    return said[0]
 
 
 def _tensorboard(workdir: pathlib.Path, *, config: dict[str, Any], first_step: int) -> tuple[Log, Callable]:
-    import tensorboardX
+    # Not its SummaryWriter: that writes from a thread, and where the disk is full waits for that one for ever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
     folder = workdir / "tensorboard"
-    writer = tensorboardX.SummaryWriter(logdir=str(folder), purge_step=first_step if folder.is_dir() else None)
+    begun = folder.is_dir()
+    folder.mkdir(exist_ok=True)
+    writer = EventsWriter(str(folder / "events"))
+
+    def put(step: int, **what) -> None:
+        writer.write_event(Event(step=step, wall_time=time.time(), **what))
+        writer.flush()
 
     def log(step: int, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            writer.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        put(step, summary=Summary(value=values))
 
+    if begun:  # what it has from first_step on is forgotten
+        put(first_step, session_log=SessionLog(status=SessionLog.START))
     return log, lambda failed: writer.close()
 
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import struct
+import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -115,6 +117,36 @@ def test_one_that_cannot_take_leave_ends_nothing(wandb, tmp_path, monkeypatch):
     assert said == ["warning: wandb did not take leave (TimeoutError: no answer)."]
 
 
+def test_one_that_never_answers_is_not_waited_for(wandb, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "finish", lambda self, **_: threading.Event().wait())
+    monkeypatch.setattr(trackers, "LEAVE", 0.1)
+    said = []
+    with trackers.opened(["wandb"], tmp_path, config={}, first_step=0, say=said.append):
+        pass
+    assert said == ["warning: wandb did not take leave (no answer in 0 s)."]
+
+
+FULL = """
+import pathlib, resource, sys
+from moe_embed import trackers
+with trackers.opened(["tensorboard"], pathlib.Path(sys.argv[1]), config={}, first_step=0) as log:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    for step in range(200):
+        log(step, {"loss": 1.0, "accuracy": 0.5})
+print("the end")
+"""
+
+
+def test_on_a_full_disk_training_goes_on(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("warning: tensorboard takes no more rows (OSError: [Errno 27] File too large")
+    assert rest[-1] == "the end"
+    assert len(rest) <= 2  # and that it did not take leave
+
+
 def test_what_cannot_begin_is_a_sentence(wandb, tmp_path, monkeypatch):
     def init(**_):
         raise RuntimeError("api_key not configured (no-tty). call wandb.login()\nmore")
@@ -126,7 +158,9 @@ def test_what_cannot_begin_is_a_sentence(wandb, tmp_path, monkeypatch):
     ):
         pass
     with pytest.raises(UserError, match="log_to=mlflow is none of tensorboard, wandb"):
-        trackers.check(["mlflow"])
+        trackers.check(["mlflow"], tmp_path)
+    with pytest.raises(UserError, match=r"log_to=tensorboard writes files of its own, and gs://bucket/w is no folder"):
+        trackers.check(["tensorboard"], "gs://bucket/w")
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"log_to=wandb needs wandb, which is not installed: pip .*trackers"):
         train_tiny(tmp_path / "w", "run.log_to=wandb")
