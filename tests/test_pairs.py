@@ -1,9 +1,11 @@
 """Rows to pairs: every kind of columns there is, and what each fault is counted as."""
 
+import datetime
 import json
 
 import pytest
 
+from moe_embed.config import UserError
 from moe_embed.data import pairs as pairs_lib
 from moe_embed.data.pairs import Pair
 from moe_embed.data.tables import BadRow
@@ -92,3 +94,16 @@ def test_what_mine_writes_of_nomics_rows_is_read_again(objective):
     pair = of(row)
     line = pairs_lib.with_negatives(pairs_lib.Row("", row, pair), ["n1", "n2"], [0.9, 0.5, 0.4])
     assert of(json.loads(line)) == [Pair("q", "d", ("n1", "n2"), scores=(0.9, 0.5, 0.4))] != pair
+
+
+def test_what_json_has_no_kind_for_is_written_as_text_but_for_bytes():
+    row = pairs_lib.Row("", {"query": "q", "when": datetime.date(2026, 11, 30)}, [])
+    assert json.loads(pairs_lib.with_negatives(row, [], []))["when"] == "2026-11-30"
+    with pytest.raises(UserError, match="a column holds bytes"):
+        pairs_lib.with_negatives(pairs_lib.Row("", {"query": "q", "image": b"\x00\xff"}, []), [], [])
+
+
+def test_a_negatives_column_without_a_value_hides_no_negative():
+    row = {"metadata": {"objective": {"triplet": [["q", "d", "n"]]}}, "q": "a", "d": "b", "n": ["c"], "negatives": None}
+    (pair,) = pairs_lib.of_row(row, "here", 0, query="query", document="document")
+    assert pair.negatives == ("c",)

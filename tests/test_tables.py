@@ -123,15 +123,35 @@ def test_blank_lines_where_a_place_matters():
 
 
 def test_dates_in_other_columns(tmp_path):
-    """Arrow's own errors are ValueError and OverflowError where a date is beyond Python's; others stay dates."""
-    columns = {"query": ["q"], "document": ["d"]}
-    for kind, value, fault in (("us", 0, None), ("ns", 1, "cannot be read as Parquet"), ("s", 2**40, "cannot be read")):
-        table = pyarrow.table(columns | {"when": pyarrow.array([value], pyarrow.timestamp(kind))})
+    """Some are beyond Python's: pandas writes nanoseconds. The row is read all the same, and so are the others of its batch."""
+    for kind, value, said in (("us", 0, "1970-01-01 00:00:00"), ("ns", 1, 1), ("s", 2**40, 2**40)):
+        when = pyarrow.array([value if i in (3, 7) else None for i in range(10)], pyarrow.timestamp(kind))
+        table = pyarrow.table({"query": [f"q{i}" for i in range(10)], "document": ["d"] * 10, "when": when})
         path = str(tmp_path / f"{kind}.parquet")
         pyarrow.parquet.write_table(table, path, version="2.6", coerce_timestamps=None)
-        if fault is None:
-            (row,) = pairs_lib.read_rows(path)
-            assert json.loads(row.line)["when"] == "1970-01-01 00:00:00"
-        else:
-            with pytest.raises(UserError, match=fault):
-                list(pairs_lib.read_rows(path))
+        assert [place for place, _ in tables.rows(path)] == [f"{path}, row {i + 1}" for i in range(10)]
+        rows = list(pairs_lib.read_rows(path))
+        assert [row.columns["query"] for row in rows] == [f"q{i}" for i in range(10)]
+        assert {i: json.loads(row.line)["when"] for i, row in enumerate(rows) if "when" in row.line} == {
+            3: said,
+            7: said,
+        }
+
+
+def test_a_value_that_is_none_of_pythons_is_one_bad_row(tmp_path):
+    """Inside of a list it cannot stand for itself. None of the others is lost, and none counted for another."""
+    when = pyarrow.array([[2**40] if i in (3, 7) else [i] for i in range(10)], pyarrow.list_(pyarrow.timestamp("s")))
+    table = pyarrow.table({"query": [f"q{i}" for i in range(10)], "document": ["d"] * 10, "when": when})
+    path = str(tmp_path / "p.parquet")
+    pyarrow.parquet.write_table(table, path)
+    found = list(tables.rows(path))
+    assert [place for place, _ in found] == [f"{path}, row {i + 1}" for i in range(10)]
+    assert [i for i, (_, row) in enumerate(found) if isinstance(row, tables.BadRow)] == [3, 7]
+    assert [row["query"] for _, row in found if isinstance(row, dict)] == [
+        f"q{i}" for i in range(10) if i not in (3, 7)
+    ]
+    source = sources.read_source(path, max_bad_fraction=0.3)
+    assert len(source) == 8
+    assert "2 of 10 rows were left out (value beyond Python's: 2)" in source.left_out
+    with pytest.raises(UserError, match=r"p\.parquet, row 4 cannot be read: "):
+        sources.read_source(path)

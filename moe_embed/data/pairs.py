@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from moe_embed.config import UserError
 from moe_embed.data import tables
 from moe_embed.data.tables import BadRow, is_text
 from moe_embed.data.tally import Tally
@@ -155,7 +156,7 @@ def _from_objective(row: dict, where: str, query: str, document: str) -> dict:
         negatives = row[columns[2]]
         named["negatives"] = negatives if isinstance(negatives, list) else [negatives]
     return named | {
-        key: row[key] for key in ("lang", "id", "negatives", "scores") if key in row
+        key: row[key] for key in ("lang", "id", "negatives", "scores") if key in row and row[key] is not None
     }  # mined ones come first
 
 
@@ -175,10 +176,19 @@ def _columns(row: dict, document: str) -> tuple[str, str]:
 
 
 def _json(columns: dict) -> str:
-    line = json.dumps(columns, ensure_ascii=False, default=str)  # of Parquet: dates
-    return (
-        json.dumps(columns, default=str) if tables.SURROGATE.search(line) else line
-    )  # half a pair cannot be said in UTF-8
+    line = json.dumps(columns, ensure_ascii=False, default=_text)
+    if tables.SURROGATE.search(line):  # half a pair cannot be said in UTF-8
+        return json.dumps(columns, default=_text)
+    return line
+
+
+def _text(value) -> str:
+    """What JSON has no kind for, of a Parquet file's columns: dates and decimals. UserError for bytes, which are no text."""
+    if isinstance(value, bytes):
+        raise UserError(
+            f"a column holds bytes ({value!r:.40}), which a line of JSON cannot; write the file without it."
+        )
+    return str(value)
 
 
 def _scores(row: dict, where: str, num_documents: int, num_negatives: int) -> tuple[list[float], list[float]]:

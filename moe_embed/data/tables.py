@@ -274,9 +274,39 @@ def _columns(path: str, name: str, batches) -> Iterator[tuple[str, dict | BadRow
     try:
         for batch in batches():
             batch.validate(full=True)  # Arrow believes a file's offsets: a flipped bit would end the process
-            for row in batch.to_pylist():
+            for row in _as_python(batch):
                 number += 1
-                yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is no UTF-8, dates beyond Python's
+                place = f"{path}, row {number}"
+                if isinstance(row, dict):
+                    yield place, row
+                else:
+                    yield place, BadRow(f"{place} cannot be read: {row}.", reason="value beyond Python's")
+    except pyarrow.ArrowException as error:
         place = f"{path}, row {number + 1}"
         yield place, BadRow(f"{path} cannot be read as {name}: {error}.", reason="file cut off or damaged")
+
+
+def _as_python(batch) -> Iterator[dict | Exception]:
+    """The rows of a batch, or of one the reason that it is none. A date or time beyond Python's stands as the file's number."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError):
+        pass  # of one value of one row: the others are good
+    for i in range(batch.num_rows):
+        try:
+            row = {name: _value(column[i]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        except (ValueError, OverflowError) as error:
+            row = error
+        yield row
+
+
+def _value(scalar):
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        if pyarrow.types.is_temporal(scalar.type):
+            return scalar.value
+        raise
