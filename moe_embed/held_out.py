@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_embed import significance, stored
 from moe_embed.config import Config, UserError
+from moe_embed.data import origin as origin_lib
 from moe_embed.data.sources import Pair, Source, Task
 from moe_embed.fields import count
 
@@ -24,9 +25,7 @@ FILE = "held_out.json"  # in the workdir: {"before": {query's name: nDCG@10}[, "
 FEW_QUERIES = 100  # fewer say little: of a small file more than the share is kept out, up to MOST_SHARE of the pairs
 MOST_SHARE = 0.2
 MOST_QUERIES = 1_000
-# Fewer give no verdict: drawn 1,500 times of made-up differences, half of them 0, the 95 % interval of 20 queries held their
-# mean 93 times in 100, that of 10 queries 89 times and that of 5 81 times.
-SURE_QUERIES = 20
+MOST_PAIRS = 2_000_000  # that are read whole, to keep some of them out
 MOST_DOCUMENTS = 20_000  # of the corpus; what no held-out query asks for beyond that is left out
 BATCHES, BATCH, EPOCHS, WARM_UP = 8, 256, 3, 0.1  # what `fit` aims at
 
@@ -36,11 +35,16 @@ def split(sources: Sequence[Source], *, share: float, say: Callable[[str], None]
 
     A group is pairs that share a text (as query or as document) or, in one file, a query's id. Groups are chosen by a hash of
     their texts: more rows in the file leave those before where they are, mostly. UserError where there are fewer than two groups,
-    or a source would be left without pairs.
+    more than MOST_PAIRS pairs, or a source would be left without pairs.
 
     A query or document that is kept out is also taken from the hard negatives (and their scores) of the pairs that stay, and
     `say` is told how many: seen in training as a wrong answer alone, it would be found less often than a new document is.
     """
+    if (number := sum(map(len, sources))) > MOST_PAIRS:
+        raise UserError(
+            f"config.data.held_out={share} reads all pairs into memory, and there are {number:,}; keep a file of pairs out "
+            "yourself, set it to 0, and name a BEIR folder in config.data.dev."
+        )
     pairs = [pair for source in sources for pair in source.pairs]
     id_N = [[(number, pair.id)] if pair.id else [] for number, source in enumerate(sources) for pair in source.pairs]
     group_N = _groups([(p.query, p.document, *of) for p, of in zip(pairs, id_N, strict=True)])
@@ -120,25 +124,29 @@ def _task(pairs: Sequence[Pair], query_N: Sequence[int], is_out: Sequence[bool])
     """The held-out queries, each to find its documents among those of all pairs and their negatives.
 
     query_N says which pairs are one query's. It is named by a digest of its text: by number, other data would have the same names.
+    Where pairs go both ways a query stands among the documents: it has the query's name there, and does not count as found.
     """
-    name_of, document_id, queries, relevance = {}, {}, {}, {}
+    name_of, queries, relevant = {}, {}, {}
     for pair, query, out in zip(pairs, query_N, is_out, strict=True):
         if out:
             name = name_of.setdefault(query, hashlib.blake2b(pair.query.encode(), digest_size=8).hexdigest())
             queries.setdefault(name, pair.query)
-            found = document_id.setdefault(pair.document, f"d{len(document_id)}")
-            relevance.setdefault(name, {})[found] = 1
-    for pair in pairs:
-        for text in (pair.document, *pair.negatives):
-            if len(document_id) < MOST_DOCUMENTS:
-                document_id.setdefault(text, f"d{len(document_id)}")
-    return Task(NAME, {name: text for text, name in document_id.items()}, queries, relevance)
+            relevant.setdefault(name, {})[pair.document] = 1
+    texts = dict.fromkeys(itertools.chain.from_iterable(relevant.values()))
+    for text in (text for pair in pairs for text in (pair.document, *pair.negatives)):
+        if len(texts) < MOST_DOCUMENTS:
+            texts.setdefault(text)
+    own = {text: name for name, text in queries.items() if text not in relevant[name]}
+    ids = {text: own[text] if text in own else f"d{i}" for i, text in enumerate(texts)}
+    relevance = {name: {ids[text]: 1 for text in texts} for name, texts in relevant.items()}
+    origin = origin_lib.Origin(NAME, ignore_identical_ids=True)
+    return Task(NAME, {name: text for text, name in ids.items()}, queries, relevance, origin)
 
 
 def fit(config: Config, *, num_pairs: int, num_shards: int = 1) -> Config:
     """`config` with what 0 leaves to the data: batch_size a power of two, BATCHES of them or more in an epoch; EPOCHS in steps.
 
-    The warm-up is a tenth of the steps where those are left to the data. Where `num_shards` devices do not divide the batch, it is
+    The warm-up is a tenth of the steps where both are left to the data. Where `num_shards` devices do not divide the batch, it is
     the next multiple of them.
     """
     data, run, optim = config.data, config.run, config.optim
@@ -147,7 +155,7 @@ def fit(config: Config, *, num_pairs: int, num_shards: int = 1) -> Config:
         data = dataclasses.replace(data, batch_size=-(-batch // num_shards) * num_shards)
     if not run.steps:
         run = dataclasses.replace(run, steps=max(math.ceil(EPOCHS * num_pairs / data.batch_size), 1))
-        optim = dataclasses.replace(optim, warmup_steps=int(WARM_UP * run.steps))
+        optim = dataclasses.replace(optim, warmup_steps=optim.warmup_steps or int(WARM_UP * run.steps))
     return dataclasses.replace(config, data=data, run=run, optim=optim)
 
 
@@ -163,7 +171,7 @@ def as_begun(config: Config, before: Config) -> Config:
         data = dataclasses.replace(data, batch_size=before.data.batch_size)
     if not run.steps:
         run = dataclasses.replace(run, steps=before.run.steps)
-        optim = dataclasses.replace(optim, warmup_steps=before.optim.warmup_steps)
+        optim = dataclasses.replace(optim, warmup_steps=optim.warmup_steps or before.optim.warmup_steps)
     return dataclasses.replace(config, data=data, run=run, optim=optim)
 
 
@@ -194,13 +202,13 @@ def conclude(workdir: pathlib.Path, per_query: dict[str, float], *, steps: int, 
         return said
     differences = np.array([per_query[query] - before[query] for query in per_query])
     names = ("the trained model", "what it began with")
-    doubts = []
-    if steps <= max(warmup_steps, BATCHES - 1):
-        doubts.append(
-            f"trained for {count(steps, 'step')}" + (", all of them warm-up" if steps <= warmup_steps else "")
-        )
-    if len(differences) < SURE_QUERIES:
-        doubts.append(f"measured on {count(len(differences), 'query', 'queries')}")
-    said = significance.verdict([differences], names=names, doubt=" and ".join(doubts))
+    said = significance.verdict([differences], names=names, doubt=doubt(steps=steps, warmup_steps=warmup_steps))
     stored.write_json(workdir / FILE, record | {"verdict": said})
     return said
+
+
+def doubt(*, steps: int, warmup_steps: int) -> str:
+    """Why training for so few steps says little; "" where it does not."""
+    if steps > max(warmup_steps, BATCHES - 1):
+        return ""
+    return f"trained for {count(steps, 'step')}" + (", all of them warm-up" if steps <= warmup_steps else "")

@@ -16,7 +16,6 @@ from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.data.mlm_batches import MlmBatches
 
 CARD = "DATA.md"  # in a folder that prepare made, and in a workdir
-HELD_OUT_FROM = 2_000_000  # pairs at most that are read whole, to keep some of them out
 
 
 class Files(NamedTuple):
@@ -73,11 +72,6 @@ def open_data(
             print(f"left out    {source.left_out}")
     held = None
     if c.held_out:
-        if sum(map(len, sources)) > HELD_OUT_FROM:
-            raise UserError(
-                f"config.data.held_out={c.held_out} reads all pairs into memory, and there are {sum(map(len, sources)):,}; "
-                "keep a file of pairs out yourself, set it to 0, and name a BEIR folder in config.data.dev."
-            )
         sources, held = held_out.split(sources, share=c.held_out)
     config = held_out.fit(config, num_pairs=sum(map(len, sources)), num_shards=num_shards)
     weights = _weights(named, c.weights, smoothing=c.smoothing)

@@ -8,9 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moe_embed.fields import count
+
 DRAWS = 10_000
 LEVEL = 0.95
 AT_ONCE = 1 << 22  # numbers drawn at once
+# Fewer give no verdict: drawn 1,500 times of made-up differences, half of them 0, the 95 % interval of 20 queries held their
+# mean 93 times in 100, that of 10 queries 89 times and that of 5 81 times.
+SURE_QUERIES = 20
 
 
 def interval(per_query: Sequence[np.ndarray], *, seed: int = 0) -> tuple[float, float]:
@@ -30,11 +35,14 @@ def p_value(differences: Sequence[np.ndarray], *, seed: int = 0) -> float:
 def verdict(differences: Sequence[np.ndarray], *, names: Sequence[str], doubt: str = "") -> str:
     """One sentence: which of two systems is better at nDCG@10, by how much and how sure, from differences a query.
 
-    `doubt` is why nothing is to be concluded from them, whatever the interval; the figures are given all the same.
+    `doubt` is why nothing is to be concluded from them, whatever the interval, and fewer than SURE_QUERIES queries are such a
+    reason; the figures are given all the same.
     """
     low, high = (100 * end for end in interval(differences))
     gain, queries = 100 * np.mean([d.mean() for d in differences]), sum(map(len, differences))
     sure = f"95 % interval {low:+.1f} to {high:+.1f}, p = {p_value(differences):.3g}, {queries:,} queries"
+    if queries < SURE_QUERIES:
+        doubt = " and ".join(filter(None, (doubt, f"measured on {count(queries, 'query', 'queries')}")))
     if doubt:
         return (
             f"too little to judge by ({doubt}): {names[0]} beside {names[1]}, {gain:+.1f} points of nDCG@10 ({sure})."

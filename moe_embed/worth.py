@@ -82,7 +82,18 @@ def decided(config: Config) -> Config:
     """`config` with the batch size, the steps and the warm-up that `train` will choose from its pairs. UserError as there."""
     read = [source for some in run_data.read_sources(config) for source in some]
     kept, _ = held_out.split(read, share=config.data.held_out, say=lambda sentence: None)  # train says it
-    return held_out.fit(config, num_pairs=sum(map(len, kept)))
+    return held_out.fit(config, num_pairs=sum(map(len, kept)), num_shards=num_devices(config))
+
+
+def num_devices(config: Config) -> int:
+    """Of the mesh that `train` will have. A process of its own looks: this one leaves the devices to the parts."""
+    if config.mesh.data != -1:
+        return config.mesh.data * config.mesh.expert
+    look = "import jax; from moe_embed import verb; verb.run(lambda argv: print(jax.device_count()))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the devices cannot be counted: {done.stderr.strip().rpartition(chr(10))[2]}")
+    return int(done.stdout)
 
 
 def check(config: Config, init_from: str) -> None:
@@ -182,9 +193,11 @@ def conclude(workdir: pathlib.Path) -> str:
             "this machine's speed changed between the runs, and the comparison is off by that much time."
         )
     differences = np.array([mixture[query] - dense[query] for query in mixture])
-    return "\n".join(
-        [*lines, significance.verdict([differences], names=("the mixture", "the dense model given the same time"))]
-    )
+    doubt = held_out.doubt(
+        steps=config.run.steps, warmup_steps=config.optim.warmup_steps
+    )  # PARTS ends with the dense one
+    names = ("the mixture", "the dense model given the same time")
+    return "\n".join([*lines, significance.verdict([differences], names=names, doubt=doubt)])
 
 
 def held_out_of(root: pathlib.Path) -> dict[str, dict[str, float]]:
@@ -204,10 +217,19 @@ def part(name: str, *arguments: str) -> None:
     SIGTERM goes to it: `train` saves, and this process ends with its status (preemption.STATUS), or with 143.
     """
     sys.stdout.flush()
-    told = []
-    before = signal.signal(signal.SIGTERM, lambda *_: told.append(child.terminate()))
+    told, children = [], []
+
+    def pass_on(*_) -> None:
+        told.append(True)
+        for child in children:
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
         with subprocess.Popen([sys.executable, "-m", f"moe_embed.{name}", *arguments]) as child:
+            children.append(child)
+            if told:  # before there was a child
+                child.terminate()
             code = child.wait()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,13 +1,14 @@
 """Which pairs are kept out, what is searched for, what follows from the number of pairs, and the sentence at the end."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from moe_embed import config as config_lib
-from moe_embed import held_out, train
+from moe_embed import held_out, retrieval, train
 from moe_embed.config import UserError
 from moe_embed.data import sources
 from moe_embed.data.pairs import Pair
@@ -133,7 +134,7 @@ def test_a_large_corpus_is_cut(monkeypatch):
     ("num_pairs", "batch", "steps"), [(9, 2, 14), (200, 16, 38), (2_000, 128, 47), (100_000, 256, 1_172)]
 )
 def test_the_data_decides_what_is_left_open(num_pairs, batch, steps):
-    c = tiny.config(data={"held_out": 0.1, "batch_size": 0}, run={"steps": 0})
+    c = tiny.config(data={"held_out": 0.1, "batch_size": 0}, run={"steps": 0}, optim={"warmup_steps": 0})
     found = held_out.fit(c, num_pairs=num_pairs)
     assert (found.data.batch_size, found.run.steps, found.optim.warmup_steps) == (batch, steps, steps // 10)
     set_ = tiny.config(data={"held_out": 0.1, "batch_size": 8}, run={"steps": 5}, optim={"warmup_steps": 3})
@@ -257,8 +258,27 @@ def test_devices_divide_the_batch_that_the_data_decides(devices):
 
 
 def test_a_run_that_continues_has_what_the_data_decided_when_it_began():
-    c = tiny.config(data={"held_out": 0.1, "batch_size": 0}, run={"steps": 0})
+    c = tiny.config(data={"held_out": 0.1, "batch_size": 0}, run={"steps": 0}, optim={"warmup_steps": 0})
     began = held_out.fit(c, num_pairs=1_000)
     assert held_out.as_begun(c, began) == began != held_out.fit(c, num_pairs=9_000)
     set_ = tiny.config(data={"batch_size": 8}, run={"steps": 5})
     assert held_out.as_begun(set_, began) == set_
+    own = tiny.config(data={"batch_size": 0}, run={"steps": 0}, optim={"warmup_steps": 50})
+    assert held_out.fit(own, num_pairs=1_000).optim.warmup_steps == 50  # the user's own word
+    assert held_out.as_begun(own, began).optim.warmup_steps == 50
+
+
+def test_a_query_does_not_find_itself_where_pairs_go_both_ways():
+    pairs = [pair for i in range(100) for pair in (Pair(f"a {i}", f"b {i}"), Pair(f"b {i}", f"a {i}"))]
+    _, task = held_out.split([source(pairs)], share=0.1)
+    texts = {text: name for name, text in task.corpus.items()}
+    for name, query in task.queries.items():
+        assert texts[query] == name  # which does not count: retrieval.counted
+        other = ("b" if query[0] == "a" else "a") + query[1:]
+        assert task.relevance[name] == {texts[other]: 1}
+    run = {name: {texts[q]: 1.0, next(iter(task.relevance[name])): 0.5} for name, q in task.queries.items()}
+    assert retrieval.measure(task, run)["ndcg@10"] == 1.0
+    plain = dataclasses.replace(task, origin=dataclasses.replace(task.origin, ignore_identical_ids=False))
+    assert retrieval.measure(plain, run)["ndcg@10"] < 0.7
+    _, task = held_out.split([source([Pair(f"same {i}", f"same {i}") for i in range(100)])], share=0.1)
+    assert all(name not in task.relevance[name] for name in task.queries)  # its own document is all that it asks for

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_embed import config as config_lib
-from moe_embed import prepare, run_data
+from moe_embed import held_out, prepare, run_data
 from moe_embed.config import UserError
 
 
@@ -67,7 +67,7 @@ def test_every_fault_at_once(tmp_path, config):
 
 
 def test_too_much_to_hold_out(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(run_data, "HELD_OUT_FROM", 10)
+    monkeypatch.setattr(held_out, "MOST_PAIRS", 10)
     with pytest.raises(UserError, match="reads all pairs into memory, and there are 99"):
         open_(config, sources=(write(tmp_path / "a.jsonl", 99),), held_out=0.1)
 

@@ -151,6 +151,28 @@ def test_a_workdir_is_begun_once(tmp_path):
         worth.begin(tmp_path / "mine" / "thesis.txt", c, "base")
 
 
+def test_the_devices_of_the_mesh_are_counted(monkeypatch):
+    assert worth.num_devices(tiny.config(mesh={"data": 4, "expert": 2})) == 8
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
+    c = tiny.config(mesh={"data": -1, "expert": 1})
+    assert worth.num_devices(c) == 3
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    with pytest.raises(UserError, match="the devices cannot be counted: error: jax finds no device"):
+        worth.num_devices(c)
+
+
+def test_few_queries_give_no_verdict(tmp_path):
+    both(tmp_path)
+    for name in worth.PARTS:
+        path = tmp_path / name / held_out.FILE
+        found = json.loads(path.read_text())
+        few = {when: dict(list(of.items())[:5]) for when, of in found.items() if isinstance(of, dict)}
+        path.write_text(json.dumps(few))
+    assert "too little to judge by (measured on 5 queries): the mixture" in worth.conclude(tmp_path)
+
+
 def test_a_part_that_fails_is_a_sentence(tmp_path, capfd):
     with pytest.raises(UserError, match="ended with exit code 2, its reason is above: upcycle --model="):
         worth.part("upcycle", f"--model={tmp_path / 'none'}", f"--output={tmp_path / 'out'}")
