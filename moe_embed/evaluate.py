@@ -21,7 +21,6 @@ another process trains, a row of the output each, until the run's last step; sta
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import sys
 import time
@@ -39,6 +38,7 @@ from moe_embed import (
     quantize,
     retrieval,
     significance,
+    stored,
     vector_file,
     verb,
 )
@@ -108,8 +108,6 @@ def main(argv: Sequence[str]) -> None:
     )
     if arguments.runs:
         _check_ids(tasks)
-    if arguments.mteb_results:
-        mteb_results.check(arguments.mteb_results, tasks)
     dims, precisions = _dims(arguments.dims), _precisions(arguments.precisions)
     of_model = functools.partial(
         evaluate, tasks=tasks, dims=dims, precisions=precisions, runs=arguments.runs, cache=arguments.cache
@@ -118,10 +116,16 @@ def main(argv: Sequence[str]) -> None:
         names = [task.name for task in tasks]
         watch(bucket.path_of(arguments.model), arguments.output, lambda model: summary(of_model(model)), tasks=names)
         return
-    for folder in filter(None, (arguments.runs, arguments.cache, arguments.mteb_results)):
-        folder.mkdir(parents=True, exist_ok=True)
+    for flag in ("--runs", "--cache", "--mteb_results"):
+        if folder := others[flag]:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{flag}={folder} cannot be made: {error.strerror}.") from error
     verb.say(f"reading {arguments.model} ...")
     model = load(arguments.model)
+    if arguments.mteb_results:
+        mteb_results.check(arguments.mteb_results, tasks, digest=model.digest)
     name = results_lib.of_model(model, name=arguments.model)
     found = results_lib.with_facts(of_model(model), tasks, model=name, version=moe_embed.__version__)
     results = {"moe_embed": found}
@@ -130,9 +134,9 @@ def main(argv: Sequence[str]) -> None:
         ranked = {task.name: measured(task, bm25.rank(task)) for task in tasks}
         results["bm25"] = results_lib.with_facts(ranked, tasks, model={"name": "bm25"}, version=moe_embed.__version__)
     print(table(results))
-    arguments.output.write_text(json.dumps(results if arguments.baseline else found, indent=1) + "\n")
+    stored.write_json(arguments.output, results if arguments.baseline else found)
     if arguments.mteb_results:
-        mteb_results.write(arguments.mteb_results, tasks, found)
+        mteb_results.write(arguments.mteb_results, tasks, found, digest=model.digest)
 
 
 def open_tasks(

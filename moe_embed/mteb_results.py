@@ -3,11 +3,10 @@
     DIR/MIRACLRetrieval.json    {"task_name", "dataset_revision", "mteb_version", "evaluation_time", "scores": {"dev":
                                 [{"hf_subset": "de", "languages": ["deu-Latn"], "main_score", "ndcg_at_10", ...}, ...]}}
 
-The parts of one task (languages, splits) share a file, also those of later calls. What a plain folder does not say stays unsaid: languages is empty then,
+The parts of one task (languages, splits) share a file, also those of later calls with the same model, whose digest each part has. What a plain folder does not say stays unsaid: languages is empty then,
 the revision "unknown" and the version null. mteb_version is that of the mteb which gave the data: the figures are trec_eval's.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -19,25 +18,28 @@ METRICS = {"ndcg@10": "ndcg_at_10", "recall@10": "recall_at_10", "mrr@10": "mrr_
 MAIN = "ndcg_at_10"
 
 
-def write(folder: pathlib.Path, tasks: Sequence[Task], figures: Mapping[str, Mapping]) -> list[pathlib.Path]:
+def write(
+    folder: pathlib.Path, tasks: Sequence[Task], figures: Mapping[str, Mapping], *, digest: str
+) -> list[pathlib.Path]:
     """Write a file for each of mteb's tasks into `folder`, made if absent; returns the files.
 
-    `figures` is what evaluate measured: {task's name: {"ndcg@10", "recall@10", "mrr@10", "seconds", ...}}. Other parts of a
-    task stay as they are there. UserError as in `check`.
+    `figures` is what evaluate measured: {task's name: {"ndcg@10", "recall@10", "mrr@10", "seconds", ...}}, of the model with
+    this Model.digest. Other parts of a task stay as they are there. UserError as in `check`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, members in _by_task(tasks).items():
-        path, found = folder / f"{name}.json", task_result(members, figures)
-        path.write_text(json.dumps(_merged(_earlier(path, members), found), indent=2) + "\n", "utf-8")
+        path, found = folder / f"{name}.json", task_result(members, figures, digest=digest)
+        stored.write_json(path, _merged(_earlier(path, members, digest), found))
         paths.append(path)
     return paths
 
 
-def check(folder: pathlib.Path, tasks: Sequence[Task]) -> None:
-    """UserError, before any work, where `folder` has a file of another revision of a task's data, or one that is no TaskResult."""
+def check(folder: pathlib.Path, tasks: Sequence[Task], *, digest: str) -> None:
+    """UserError, before any work, where `folder` has a task's file of another revision of the data or of another model (or of one
+    that is not named), or something that is no TaskResult."""
     for name, members in _by_task(tasks).items():
-        _earlier(folder / f"{name}.json", members)
+        _earlier(folder / f"{name}.json", members, digest)
 
 
 def _by_task(tasks: Sequence[Task]) -> dict[str, list[Task]]:
@@ -47,14 +49,16 @@ def _by_task(tasks: Sequence[Task]) -> dict[str, list[Task]]:
     return of_task
 
 
-def _earlier(path: pathlib.Path, tasks: Sequence[Task]) -> dict | None:
-    """What `path` has of the same data; None where nothing is."""
+def _earlier(path: pathlib.Path, tasks: Sequence[Task], digest: str) -> dict | None:
+    """What `path` has of the same data and model; None where nothing is."""
     if not path.exists():
         return None
     try:
         found = stored.read_json(path)
         revision, seconds = found["dataset_revision"], found["evaluation_time"]
-        parts = [part["hf_subset"] for of_split in found["scores"].values() for part in of_split]
+        all_parts = [part for of_split in found["scores"].values() for part in of_split]
+        parts = [part["hf_subset"] for part in all_parts]
+        others = {part["model"] if "model" in part else None for part in all_parts} - {digest}
         if not isinstance(seconds, int | float) or not all(isinstance(part, str) for part in parts):
             raise ValueError("its evaluation_time or a hf_subset is of another kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -64,6 +68,11 @@ def _earlier(path: pathlib.Path, tasks: Sequence[Task]) -> dict | None:
     if revision != tasks[0].origin.revision:
         raise UserError(
             f"{path} is of revision {revision!r} of the data, and these are of {tasks[0].origin.revision!r}: "
+            "move it away, or name another folder."
+        )
+    if others:
+        raise UserError(
+            f"{path} has figures of another model ({', '.join(str(other)[:12] for other in others)}; this one is {digest[:12]}): "
             "move it away, or name another folder."
         )
     return found
@@ -83,15 +92,15 @@ def _merged(earlier: dict | None, found: dict) -> dict:
     return found | {"scores": scores, "evaluation_time": earlier["evaluation_time"] + found["evaluation_time"]}
 
 
-def task_result(tasks: Sequence[Task], figures: Mapping[str, Mapping]) -> dict:
-    """One TaskResult of the parts of one task, in [0, 1] and seconds."""
+def task_result(tasks: Sequence[Task], figures: Mapping[str, Mapping], *, digest: str) -> dict:
+    """One TaskResult of the parts of one task, in [0, 1] and seconds, each with the digest of the model."""
     origin = tasks[0].origin
     scores: dict[str, list[dict]] = {}
     for task in tasks:
         found = {theirs: figures[task.name][ours] for ours, theirs in METRICS.items()}
         part = {"hf_subset": task.origin.subset, "languages": list(task.origin.languages)}
-        version = {"mteb_version": task.origin.mteb_version}
-        scores.setdefault(task.origin.split, []).append(found | {"main_score": found[MAIN]} | part | version)
+        of = {"mteb_version": task.origin.mteb_version, "model": digest}
+        scores.setdefault(task.origin.split, []).append(found | {"main_score": found[MAIN]} | part | of)
     return {
         "dataset_revision": origin.revision,
         "task_name": origin.task,

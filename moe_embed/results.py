@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from moe_embed import stored
+from moe_embed import bucket, stored
 from moe_embed.config import UserError
 from moe_embed.data import corpus as corpus_lib
 from moe_embed.data.sources import Task
@@ -24,19 +24,20 @@ from moe_embed.load import DESCRIPTION, Model, read_description
 
 def of_model(model: Model, *, name: str) -> dict[str, str | None]:
     """What a model is known by: the path as given, what was loaded from it, what that began with, and all of its parameters."""
-    root, began = pathlib.Path(name), None
-    if (root / DESCRIPTION).is_file():
+    root, began = bucket.path_of(name), None
+    if bucket.is_file(root / DESCRIPTION):
         description = read_description(root)
         began = description.init_from or description.made_by
     return {"name": name, "loaded": model.origin, "began_with": began, "digest": model.digest}
 
 
 def of_task(task: Task) -> dict[str, int | str]:
-    """A task's counts, and a digest of its documents, its queries and its judgements; the same wherever the texts lie."""
+    """A task's counts, and a digest of its documents, queries, judgements and rule; the same wherever the texts lie."""
     texts, queries = task.corpus, task.queries
     of_texts = texts.digest if isinstance(texts, corpus_lib.Corpus) else corpus_lib.survey(texts.values())[1]
     judged = [f"{q}\t{d}\t{grade}" for q, found in task.relevance.items() for d, grade in found.items()]
-    parts = itertools.chain([of_texts], map(str, texts), itertools.chain(*queries.items()), judged)
+    rule = ["a query's own document counts as found for none"] if task.origin.ignore_identical_ids else []
+    parts = itertools.chain([of_texts], map(str, texts), itertools.chain(*queries.items()), judged, rule)
     digest = corpus_lib.survey(parts)[1]
     return {"documents": len(texts), "queries": len(queries), "judgements": len(judged), "digest": digest}
 
@@ -71,8 +72,13 @@ def read(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
                     raise ValueError("a task without ndcg@10")
                 if not all(isinstance(values[key], dict) for key in ("model", "task") if key in values):
                     raise ValueError("a task of an unknown model")
+                low, high = values["interval"] if "interval" in values else (0, 0)
+                of_queries = values["queries"].values() if "queries" in values else ()
+                numbers = (values["ndcg@10"], values["recall@10"], low, high, *of_queries)
+                if not all(isinstance(number, int | float) for number in numbers):
+                    raise ValueError("a figure that is no number")
         return results
-    except (OSError, ValueError, AttributeError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, StopIteration) as error:
         raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error
 
 

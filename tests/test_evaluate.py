@@ -317,7 +317,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
         compare(tmp_path, one, {"a": {"1": 0.5}}, capsys)
     with pytest.raises(UserError, match="two outputs"):
         evaluate.main(["--compare=r.json"])
-    (tmp_path / "old.json").write_text(json.dumps({"a": {"ndcg@10": 0.5}}))
+    (tmp_path / "old.json").write_text(json.dumps({"a": {"ndcg@10": 0.5, "recall@10": 0.5}}))
     with pytest.raises(UserError, match="no figures of single queries"):
         evaluate.main([f"--compare={tmp_path / 'old.json'},{tmp_path / 'old.json'}"])
     with pytest.raises(UserError, match="--precisions=int4"):
@@ -399,6 +399,9 @@ def test_mteb_results_are_written_and_watch_refuses_what_it_does_not_do(tmp_path
     written = json.loads((tmp_path / "results" / "libreoffice-help-de.json").read_text())
     found = json.loads((tmp_path / "r.json").read_text())["libreoffice-help-de"]
     assert written["scores"]["test"][0]["main_score"] == found["ndcg@10"]
+    for flag in ("runs", "mteb_results", "cache"):
+        with pytest.raises(UserError, match=rf"--{flag}=.*r\.json/x cannot be made: Not a directory"):
+            evaluate.main([*arguments, f"--{flag}={tmp_path / 'r.json' / 'x'}"])
     for flag in ("--baseline=bm25", f"--runs={tmp_path}", f"--mteb_results={tmp_path}"):
         with pytest.raises(UserError, match=f"--watch measures steps, without {flag.partition('=')[0]}"):
             evaluate.main([*arguments, "--watch", flag])

@@ -9,6 +9,7 @@ import pytest
 from moe_embed import results
 from moe_embed.config import UserError
 from moe_embed.data import sources
+from moe_embed.data.origin import Origin
 from moe_embed.data.sources import Task
 
 TASK = Task("t", {"a": "first", "b": "second"}, {"q": "which"}, {"q": {"a": 1}})
@@ -25,6 +26,7 @@ FIGURES = {"ndcg@10": 0.5, "recall@10": 0.5}
         {"queries": {"p": "which"}},
         {"relevance": {"q": {"b": 1}}},
         {"relevance": {"q": {"a": 2}}},
+        {"origin": Origin(ignore_identical_ids=True)},
     ],
 )
 def test_a_digest_is_of_documents_queries_and_judgements(change):
@@ -85,7 +87,19 @@ def test_facts_are_read_back_and_said(tmp_path):
 
 @pytest.mark.parametrize(
     "value",
-    [[], {}, {"t": 1}, {"t": {"ndcg": 1}}, {"t": FIGURES | {"model": "w"}}, {"a": {"t": FIGURES | {"task": [1]}}}],
+    [
+        [],
+        {},
+        {"t": 1},
+        {"t": {"ndcg": 1}},
+        {"t": FIGURES | {"model": "w"}},
+        {"a": {"t": FIGURES | {"task": [1]}}},
+        {"t": FIGURES | {"interval": 3}},
+        {"t": FIGURES | {"queries": [1, 2]}},
+        {"t": {"ndcg@10": 0.5}},
+        {"t": FIGURES | {"ndcg@10": "high"}},
+        {"t": FIGURES | {"interval": [0.1]}},
+    ],
 )
 def test_what_is_no_output_is_said(value, tmp_path):
     path = written(tmp_path / "r.json", value)
