@@ -44,7 +44,7 @@ from moe_embed import (
     verb,
 )
 from moe_embed.config import Mesh, UserError
-from moe_embed.load import Model, load
+from moe_embed.load import Model, load, make_parent
 
 TOLERANCE = 1e-5  # largest difference of a number of a unit vector, float32
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
@@ -107,10 +107,7 @@ def export(
         _check_onnx(hf_layout.model_type(model.encoder, model.moe))
     if gguf or fold_shared_bias:
         gguf_file.check(model.encoder, model.moe, model.tokenizer, flag="--gguf" if gguf else "--fold_shared_bias")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be made: {error.strerror} ({error.filename}).") from error
+    make_parent(output)
     if "head" in model.params:
         print("the head of masked language modelling is not exported: an embedding model has none.")
         model = dataclasses.replace(model, params={key: part for key, part in model.params.items() if key != "head"})
@@ -134,7 +131,7 @@ def export(
             calibrated=bool(calibration_texts),
         )  # fmt: skip
         (folder / "README.md").write_text(card, encoding="utf-8")
-        report |= {"readme": _digest(folder / "README.md")}  # whoever writes on in it is noticed
+        report |= {"files": _digests(folder)}  # whoever writes on in them is noticed
         _write_json(folder / "parity.json", report)
         if occupied:
             _out_of_the_way(output, keep=bool(foreign))
@@ -151,15 +148,17 @@ def _foreign(output: pathlib.Path) -> str:
     if names - FILES:
         return f" (it also holds {', '.join(sorted(names - FILES)[:5])})"
     try:
-        if "README.md" in names and stored.read_json(output / "parity.json")["readme"] != _digest(output / "README.md"):
-            return " as export left it (README.md was changed)"
-    except (OSError, ValueError, KeyError, TypeError):
-        return " that says what its README.md was (readme in parity.json)"
-    return ""
+        written = stored.read_json(output / "parity.json")["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return " that says what its files were (files in parity.json)"
+    changed = sorted(name for name, _ in _digests(output).items() - written)
+    return f" as export left it ({', '.join(changed)} changed)" if changed else ""
 
 
-def _digest(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    """Of the files of an export that a person may edit: the card, prompts, lengths."""
+    paths = [path for path in folder.rglob("*") if path.suffix in (".md", ".json") and path.name != "parity.json"]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _in_float32(model: Model) -> Model:

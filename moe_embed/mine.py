@@ -276,6 +276,8 @@ def _open_work(output: pathlib.Path, made_of: dict[str, str]) -> _Work:
         raise UserError(f"{folder}, where the work is kept, cannot be made: {error.strerror}.") from error
     path = folder / "progress.json"
     if not path.is_file():
+        if any(folder.iterdir()):  # it is deleted at the end
+            raise UserError(f"{folder} holds something else, and the work of --output={output} is kept there; move it.")
         work = _Work(folder, {})
         stored.write_json(path, {"made_of": made_of, "done": {}})
         return work

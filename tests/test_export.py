@@ -196,13 +196,21 @@ def test_a_foreign_folder_is_refused_or_moved_aside(model, tmp_path):
     (tmp_path / "out" / "onnx" / "model_qint8.onnx").unlink()
     with open(tmp_path / "out" / "README.md", "a") as card:
         card.write("Evaluated by hand: fine.\n")
-    with pytest.raises(config.UserError, match=r"as export left it \(README\.md was changed\)"):
+    with pytest.raises(config.UserError, match=r"as export left it \(README\.md changed\)"):
         export.export(model, tmp_path / "out")
     export.export(model, tmp_path / "out", force=True)
     assert "by hand" in (tmp_path / "out.bak2" / "README.md").read_text()
+    prompts = tmp_path / "out" / "config_sentence_transformers.json"
+    written = prompts.read_text()
+    prompts.write_text(written.replace("search_query: ", "query: "))
+    assert prompts.read_text() != written
+    with pytest.raises(config.UserError, match=r"as export left it \(config_sentence_transformers\.json changed\)"):
+        export.export(model, tmp_path / "out")
+    prompts.write_text(written)
+    export.export(model, tmp_path / "out")
     parity = read(tmp_path / "out" / "parity.json")
-    (tmp_path / "out" / "parity.json").write_text(json.dumps({k: v for k, v in parity.items() if k != "readme"}))
-    with pytest.raises(config.UserError, match=r"says what its README\.md was"):
+    (tmp_path / "out" / "parity.json").write_text(json.dumps({k: v for k, v in parity.items() if k != "files"}))
+    with pytest.raises(config.UserError, match=r"says what its files were"):
         export.export(model, tmp_path / "out")
     (tmp_path / "link").symlink_to(tmp_path / "out.bak")
     with pytest.raises(config.UserError, match="is not empty"):

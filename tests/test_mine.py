@@ -375,6 +375,11 @@ def test_work_of_another_run_is_refused(tmp_path, small, files):
         file.truncate(100)
     with pytest.raises(UserError, match=r"documents\.npy cannot be read .*; delete .*o\.jsonl\.work to start over"):
         run(fake(), files, output)
+    (tmp_path / "p.jsonl.work").mkdir()
+    (tmp_path / "p.jsonl.work" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"p\.jsonl\.work holds something else"):
+        run(fake(), files, tmp_path / "p.jsonl")
+    assert (tmp_path / "p.jsonl.work" / "thesis.txt").is_file()
     (output.with_name("o.jsonl.work") / "progress.json").write_text("{")
     with pytest.raises(UserError, match=r"progress\.json cannot be read"):
         run(fake(), files, output)
