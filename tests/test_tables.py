@@ -124,7 +124,11 @@ def test_blank_lines_where_a_place_matters():
 
 def test_dates_in_other_columns(tmp_path):
     """Some are beyond Python's: pandas writes nanoseconds. The row is read all the same, and so are the others of its batch."""
-    for kind, value, said in (("us", 0, "1970-01-01 00:00:00"), ("ns", 1, 1), ("s", 2**40, 2**40)):
+    for kind, value, said in (
+        ("us", 0, "1970-01-01 00:00:00"),
+        ("ns", 1, 1),
+        ("s", 2**40, 1000 * 2**40),
+    ):  # kept in milliseconds
         when = pyarrow.array([value if i in (3, 7) else None for i in range(10)], pyarrow.timestamp(kind))
         table = pyarrow.table({"query": [f"q{i}" for i in range(10)], "document": ["d"] * 10, "when": when})
         path = str(tmp_path / f"{kind}.parquet")
