@@ -89,7 +89,7 @@ def export(
 ) -> dict:
     """Write `model` to the folder `output`; returns the parity report, which is also in its parity.json.
 
-    An earlier export at `output` is replaced. Anything else there, and an export whose README.md was edited or that holds
+    An earlier export at `output` is replaced. Anything else there, and an export whose card or settings were edited or that holds
     files of other makers, is refused, or with `force` moved to `output`.bak.
     A head of masked language modelling stays behind, and that is printed. With `onnx` the folder also has onnx/model.onnx,
     with `gguf` model-f16.gguf, with `calibration_texts` (documents) calibration.json. `fold_shared_bias` writes weights of the
