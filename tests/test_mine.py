@@ -266,7 +266,7 @@ def test_columns_stay_and_old_negatives_and_scores_are_replaced(tmp_path):
 
 
 def test_csv_and_columns_by_other_names(tmp_path):
-    (tmp_path / "a.csv").write_text('title,body,lang\nq,a,de\nr,"b, b",\ns,c,en,more\nt,d\n')
+    (tmp_path / "a.csv").write_text('title,body,lang\nq,a,de\nr,"b, b",\ns,c,en\nt,d\n')
     texts = mine.collect([str(tmp_path / "a.csv")], query="title", document="body")
     mine.mine(fake(), texts, tmp_path / "o.jsonl", num_negatives=1, margin=3.0)
     found = read(tmp_path / "o.jsonl")

@@ -259,7 +259,6 @@ BAD_LISTS = {
     "pos a text": ({"query": "q", "pos": "d"}, "'pos'"),
     "no query": ({"pos": ["d"]}, "has no column 'query'"),
     "neg a text": ({"query": "q", "pos": ["d"], "neg": "n"}, "neg that are not a list"),
-    "neg null": ({"query": "q", "pos": ["d"], "neg": None}, "neg that are not a list"),
     "too few scores": (BGE | {"neg_scores": [2]}, "scores"),
     "scores the other way round": (BGE | {"pos": ["d"], "pos_scores": [9, 8], "neg_scores": [2]}, "scores"),
     "no scores of negatives": (BGE | {"neg_scores": None}, "scores"),

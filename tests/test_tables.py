@@ -66,7 +66,7 @@ def test_a_place_is_named(tmp_path):
     [
         ("p.txt", b"a", "no file of rows we read; its name ends in .jsonl, .csv, .tsv, .parquet, .arrow"),
         ("p.parquet", b"PAR1 no PAR1", "cannot be read as Parquet"),
-        ("p.tsv", b'query\tdocument\n"a\tb', "p.tsv:1 is not TSV"),
+        ("p.tsv", b'query\tdocument\n"a\tb', "p.tsv:2 is not TSV"),
         ("p.csv", b"query,document\n\xff,b\n", "p.csv:2 is not UTF-8"),
         ("p.csv", b"", "holds no pairs"),
         ("p.jsonl", b"{", "p.jsonl:1 is not JSON"),
@@ -159,3 +159,55 @@ def test_a_value_that_is_none_of_pythons_is_one_bad_row(tmp_path):
     assert "2 of 10 rows were left out (value beyond Python's: 2)" in source.left_out
     with pytest.raises(UserError, match=r"p\.parquet, row 4 cannot be read: "):
         sources.read_source(path)
+
+
+def test_what_takes_other_rows_with_it_is_raised_whatever_the_fraction(tmp_path, monkeypatch):
+    """A quotation mark that is not closed takes in rows up to the next one, or all; damage inside of Parquet the rest."""
+    good = "".join(f"q{i},d{i}\n" for i in range(20))
+    for rest, said in (
+        ('q,"d\n' + good, r"22 is not CSV: unexpected end of data; one row from line 2 on"),
+        ('q,"d\n' + good + 'q,"d"e"\n' + good, r"23 is not CSV: .*; one row from line 2 on, whose quotation mark"),
+    ):
+        (tmp_path / "p.csv").write_text("query,document\n" + rest)
+        with pytest.raises(UserError, match=said):
+            sources.read_source(str(tmp_path / "p.csv"), max_bad_fraction=0.9)
+    (tmp_path / "p.csv").write_text("query,document\n" + good + '"q"x,d\n' + good)  # one line alone is one row
+    assert len(sources.read_source(str(tmp_path / "p.csv"), max_bad_fraction=0.1)) == 40
+    monkeypatch.setattr(tables, "LONGEST_CSV", 60)
+    (tmp_path / "p.csv").write_text("query,document\n" + good + 'q,"' + good)
+    with pytest.raises(UserError, match="a row of more than 60 characters behind line 21"):
+        sources.read_source(str(tmp_path / "p.csv"), max_bad_fraction=0.9)
+    table = pyarrow.table({"query": ["a"] * 300_000, "document": [f"{i * 7919}" for i in range(300_000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet", row_group_size=100_000, use_dictionary=False)
+    data = bytearray((tmp_path / "p.parquet").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
+    (tmp_path / "p.parquet").write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        sources.read_source(str(tmp_path / "p.parquet"), max_bad_fraction=0.9)
+
+
+def test_a_line_that_is_too_long_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "LONGEST", 64)
+    monkeypatch.setattr(tables, "CHUNK", 16)
+    good = [json.dumps({"query": f"q{i}", "document": "d"}) + "\n" for i in range(9)]
+    exactly = "x" * 63 + "\n"
+    (tmp_path / "p.jsonl").write_text(
+        "".join([*good[:3], "x" * 1_000 + "\n", *good[3:6], exactly, *good[6:], "x" * 99])
+    )
+    found = list(tables.rows(str(tmp_path / "p.jsonl")))
+    assert [row["query"] for _, row in found if isinstance(row, dict)] == [f"q{i}" for i in range(9)]
+    assert [place.rpartition(":")[2] for place, row in found if isinstance(row, tables.BadRow)] == ["4", "8", "12"]
+    source = sources.read_source(str(tmp_path / "p.jsonl"), max_bad_fraction=0.3)
+    assert len(source) == 9
+    assert "3 of 12 rows were left out (line too long: 3)" in source.left_out
+
+
+def test_values_without_a_column_are_no_row(tmp_path):
+    (tmp_path / "p.csv").write_text("query,document\nwhat is it,a thing, that does\nwhat,that\n")
+    with pytest.raises(
+        UserError, match=r"p\.csv:2 has more values than the header has names: ' that does' has none; quote"
+    ):
+        sources.read_source(str(tmp_path / "p.csv"))
+    source = sources.read_source(str(tmp_path / "p.csv"), max_bad_fraction=0.5)
+    assert [pair.document for pair in source.pairs] == ["that"]
+    assert "too many values: 1" in source.left_out

@@ -5,15 +5,17 @@ import functools
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from moe_embed.config import UserError
 from moe_embed.data import tables
 from moe_embed.data.tables import BadRow, is_text
 from moe_embed.data.tally import Tally
 
-FLOAT_MAX = sys.float_info.max
+FLOAT_MAX = float(np.finfo(np.float32).max)  # prepare keeps scores as such
+LONGEST_LANG = 64  # characters of a language's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,8 @@ def read_rows(path: str, *, query: str = "query", document: str = "document") ->
     rows, again = itertools.tee(tables.rows(path))
     for pairs, (_, columns) in zip(Tally(path).good_of(rows, make), again, strict=False):  # its checks come at the end
         line = next(lines)
-        if not line:  # a short CSV row lacks values, a long one has some without a name
-            columns = {name: value for name, value in columns.items() if name is not None and value is not None}
+        if not line:  # a short CSV row lacks values
+            columns = {name: value for name, value in columns.items() if value is not None}
         yield Row(line or _json(columns), columns, pairs)
 
 
@@ -112,7 +114,7 @@ def of_row(row, where: str, number: int, *, query: str, document: str) -> list[P
                 f"{where} has {column!r}: {text!r:.60}, which is empty or no text; a pair needs both.",
                 reason="empty text" if isinstance(text, str) else "no text",
             )
-    negatives = row[negative] if negative in row else []
+    negatives = row[negative] if negative in row and row[negative] is not None else []
     if not isinstance(negatives, list) or not all(map(is_text, negatives)):
         raise BadRow(f"{where} has {negative} that are not a list of texts.", reason="negatives")
     of_documents, of_negatives = _scores(row, where, len(documents), len(negatives))
@@ -165,6 +167,8 @@ def name_of(row: dict, key: str, where: str) -> str:
     value = row[key] if key in row and row[key] is not None else ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadRow(f"{where} has {key!r}: {value!r:.60}, which is neither text nor a whole number.", reason=key)
+    if key == "lang" and len(str(value)) > LONGEST_LANG:
+        raise BadRow(f"{where} has 'lang': {value!r:.60}, which is no language's name.", reason=key)
     return str(value) if isinstance(value, int) else value.encode("utf-8", "replace").decode()
 
 

@@ -32,14 +32,17 @@ NOTHING = re.compile("[\\s\0-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u
 
 
 class BadRow(UserError):
-    """A row that cannot be used: its sentence, and in a word or two the `reason` by which such rows are counted."""
+    """A row that cannot be used: its sentence, and in a word or two the `reason` by which such rows are counted.
 
-    def __init__(self, sentence: str, *, reason: str):
+    With `more` it is not a row alone: others are lost with it, nobody knows how many, and no share of bad rows allows that.
+    """
+
+    def __init__(self, sentence: str, *, reason: str, more: bool = False):
         super().__init__(sentence)
-        self.reason = reason
+        self.reason, self.more = reason, more
 
-    def __reduce__(self):
-        return functools.partial(BadRow, reason=self.reason), self.args  # one of prepare's processes tells another
+    def __reduce__(self):  # one of prepare's processes tells another
+        return functools.partial(BadRow, reason=self.reason, more=self.more), self.args
 
 
 def is_text(value) -> bool:
@@ -62,7 +65,7 @@ def kind(path: str) -> str:
 def rows(path: str) -> Iterator[tuple[str, dict | BadRow]]:
     """("file:line", row) of each row in order, a BadRow in the place of one that cannot be read.
 
-    What breaks a file off (a gzip cut short) is its last row, a BadRow too. UserError if the file cannot be opened.
+    What breaks a file off (a gzip cut short) is its last row, a BadRow with `more`. UserError if the file cannot be opened.
     """
     suffix = kind(path)
     read = (
@@ -74,7 +77,8 @@ def rows(path: str) -> Iterator[tuple[str, dict | BadRow]]:
             for place, row in read(path, stream):
                 yield place, row
         except (OSError, EOFError, zlib.error) as error:
-            yield place, BadRow(f"{path} cannot be read on after {place}: {error}.", reason="file cut off or damaged")
+            sentence = f"{path} cannot be read on after {place}: {error}."
+            yield place, BadRow(sentence, reason="file cut off or damaged", more=True)
 
 
 @contextlib.contextmanager
@@ -124,11 +128,24 @@ def read_bytes(path: str) -> bytes:
 
 def lines(path: str, stream: BinaryIO) -> Iterator[bytes]:
     """A stream's lines as they are asked for. BadRow, a UserError, at one of LONGEST bytes, of which no more is read."""
+    for line in _lines(path, stream):
+        if isinstance(line, BadRow):
+            raise line
+        yield line
+
+
+def _lines(path: str, stream: BinaryIO) -> Iterator[bytes | BadRow]:
+    """The lines, and a BadRow in the place of one of LONGEST bytes; the rest of that is read when the next one is asked for."""
     for number in itertools.count(1):
         parts = _parts(stream.readline, LONGEST, b"\n")
         if sum(map(len, parts)) == LONGEST:
-            parts.clear()  # the traceback holds them as long as somebody holds the fault
-            raise BadRow(f"{path}:{number} is longer than {LONGEST} bytes; it is no row.", reason="too long")
+            ended = parts[-1].endswith(b"\n")
+            parts.clear()  # a traceback would hold them as long as somebody holds the fault
+            yield BadRow(f"{path}:{number} is longer than {LONGEST} bytes; it is no row.", reason="line too long")
+            while not ended:
+                part = stream.readline(CHUNK)
+                ended = not part or part.endswith(b"\n")
+            continue
         if not parts[0]:
             return
         yield parts[0] if len(parts) == 1 else b"".join(parts)
@@ -184,14 +201,14 @@ def decode(path, data: bytes) -> str:
 
 
 def _jsonl(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
-    number = 0
-    try:
-        for number, line in enumerate(lines(path, stream), start=1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if line.strip():
-                yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
-    except BadRow as fault:
-        yield f"{path}:{number + 1}", fault
+    for number, line in enumerate(_lines(path, stream), start=1):
+        place = f"{path}:{number}"
+        if isinstance(line, BadRow):
+            yield place, line
+            continue
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+            yield place, _parsed(place, line)
 
 
 def _parsed(place: str, line: bytes) -> dict | BadRow:
@@ -221,15 +238,21 @@ def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
             taken += sum(map(len, parts))
             if taken == LONGEST_CSV:
                 raise BadRow(
-                    f"{path} has a row of more than {LONGEST_CSV} characters behind line {reader.line_num}.",
-                    reason="too long",
+                    f"{path} has a row of more than {LONGEST_CSV} characters behind line {reader.line_num}; a quotation mark "
+                    "that is not closed makes one row of all that follows.",
+                    reason="row too long",
+                    more=True,
                 )
             yield "".join(parts)
 
     reader = csv.DictReader(some_lines(), strict=True, delimiter="\t" if kind(path) == ".tsv" else ",")
+    first = 1  # line of the row that is being read
     try:
         while True:
             try:
+                taken = 0
+                if reader.fieldnames:  # the first time this reads the header
+                    first = reader.reader.line_num + 1
                 taken = 0
                 row = next(reader)
             except StopIteration:
@@ -238,12 +261,21 @@ def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
                 yield f"{path}:{reader.line_num}", fault
                 return
             except csv.Error as error:
-                place = f"{path}:{reader.line_num}"
-                yield place, BadRow(f"{place} is not {kind(path)[1:].upper()}: {error}.", reason="not CSV")
+                last = reader.reader.line_num
+                place, said = f"{path}:{last}", f"{kind(path)[1:].upper()}: {error}"
+                if (
+                    several := last > first
+                ):  # a quotation mark that is not closed has taken rows in, or the rest of the file
+                    said += f"; one row from line {first} on, whose quotation mark may not be closed"
+                yield place, BadRow(f"{place} is not {said}.", reason="not CSV", more=several)
                 continue
             place = f"{path}:{reader.line_num}"
-            escaped = any(isinstance(value, str) and re.search("[\udc80-\udcff]", value) for value in row.values())
-            yield place, _not_utf8(place) if escaped else row
+            if None in row:
+                sentence = f"{place} has more values than the header has names: {row[None][0]!r:.60} has none; quote texts with a comma."
+                row = BadRow(sentence, reason="too many values")
+            elif any(isinstance(value, str) and re.search("[\udc80-\udcff]", value) for value in row.values()):
+                row = _not_utf8(place)
+            yield place, row
     finally:
         text.detach()  # the stream is its opener's to close
 
@@ -283,7 +315,7 @@ def _columns(path: str, name: str, batches) -> Iterator[tuple[str, dict | BadRow
                     yield place, BadRow(f"{place} cannot be read: {row}.", reason="value beyond Python's")
     except pyarrow.ArrowException as error:
         place = f"{path}, row {number + 1}"
-        yield place, BadRow(f"{path} cannot be read as {name}: {error}.", reason="file cut off or damaged")
+        yield place, BadRow(f"{path} cannot be read as {name}: {error}.", reason="file cut off or damaged", more=True)
 
 
 def _as_python(batch) -> Iterator[dict | Exception]:

@@ -19,6 +19,8 @@ class Tally:
     def good_of(self, rows: Iterable[tuple[str, dict | BadRow]], make: Callable) -> Iterator:
         """make(row, place, number) of each row that is good; the others are counted, whether unreadable or refused by `make`.
 
+        A BadRow that others are lost with is raised, whatever the fraction.
+
         After the last row: UserError when the share of bad ones is above `max_bad_fraction`, or none is good.
         """
         for number, (place, row) in enumerate(rows):
@@ -27,7 +29,7 @@ class Tally:
                     raise row
                 made = make(row, place, number)
             except BadRow as fault:
-                if not self.max_bad_fraction:
+                if not self.max_bad_fraction or fault.more:
                     raise
                 self.bad[fault.reason] += 1
                 if len(self.first) < QUOTED:
