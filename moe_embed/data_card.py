@@ -1,5 +1,6 @@
 """What a data set is made of: where its pairs come from, in which languages, how long, and what was left out and why."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from moe_embed.data.spool import BINS, Layout
@@ -10,16 +11,18 @@ SIDES = ("query", "document")
 def card(reports: Sequence[dict], layout: Layout, *, tokenizer: str) -> dict:
     """Plain JSON: {"pairs", "tokenizer", "inputs": [...], "languages", "tokens": {side: {"mean", "histogram"}}}.
 
-    An input has {"name", "rows", "pairs", "kept", "left_out": {reason: count}, "examples", "answers", "digest"}: every row is
-    in one of those counts (a row with several documents is several pairs); "answers" counts negatives left out of pairs kept.
+    An input has {"name", "rows", "pairs", "kept", "left_out": {reason: count}, "examples", "answers", "of_benchmark", "digest"}:
+    every row is in one of those counts (a row with several documents is several pairs); "answers" and "of_benchmark" count
+    negatives left out of pairs kept.
     """
     inputs = []
     for report, source, copies in zip(reports, layout.sources, layout.copies, strict=True):
-        left_out = {**report["bad"], **report["dropped"], **({"copy of another": copies} if copies else {})}
+        left_out = Counter(report["bad"]) + Counter(report["dropped"]) + Counter({"copy of another": copies})
         kept = sum(count for _, count in source["languages"])
         inputs.append(
-            {"name": report["name"], "rows": report["rows"], "pairs": report["pairs"], "kept": kept, "left_out": left_out,
-             "examples": report["examples"], "answers": report["answers"], "digest": report["digest"]}
+            {"name": report["name"], "rows": report["rows"], "pairs": report["pairs"], "kept": kept, "left_out": dict(left_out),
+             "examples": report["examples"], "answers": report["answers"], "of_benchmark": report["of_benchmark"],
+             "digest": report["digest"]}
         )  # fmt: skip
     languages: dict[str, int] = {}
     for source in layout.sources:
@@ -42,7 +45,7 @@ def table(card: dict) -> str:
     for one in inputs:
         lines.append(f"{name(one['name'])}  {one['rows']:>13,}  {one['kept']:>13,}  {_reasons(one['left_out'])}")
         lines += [f"    {example}" for example in one["examples"]]
-        lines += [f"    {sentence}" for sentence in _answers(one)]
+        lines += [f"    {sentence}" for sentence in _negatives(one)]
     if len(inputs) > 1:
         lines.append(f"{name('all')}  {sum(one['rows'] for one in inputs):>13,}  {card['pairs']:>13,}")
     langs = sorted(card["languages"].items(), key=lambda item: -item[1])
@@ -63,14 +66,15 @@ def markdown(card: dict) -> str:
     sides = [f"| {side} | {card['tokens'][side]['mean']:.1f} |" for side in SIDES]
     return "\n".join(
         [f"{card['pairs']:,} pairs.", "", "| input | rows | kept | left out |", "|---|---:|---:|---|", *rows, "",
-         *(f"{one['name'].rsplit('/', 1)[-1]}: {sentence}\n" for one in card["inputs"] for sentence in _answers(one)),
+         *(f"{one['name'].rsplit('/', 1)[-1]}: {sentence}\n" for one in card["inputs"] for sentence in _negatives(one)),
          "Languages: " + ", ".join(f"{lang or '(none)'} {count:,}" for lang, count in langs) + ".", "",
          "| side | tokens, mean |", "|---|---:|", *sides, ""]
     )  # fmt: skip
 
 
-def _answers(one: dict) -> list[str]:
-    return [f"{one['answers']:,} negatives were answers of their own row; they are left out."] if one["answers"] else []
+def _negatives(one: dict) -> list[str]:
+    said = {"answers": "were answers of their own row", "of_benchmark": "are in a benchmark"}
+    return [f"{one[name]:,} negatives {what}; they are left out." for name, what in said.items() if one[name]]
 
 
 def _reasons(left_out: dict[str, int]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_embed import significance, stored
 from moe_embed.config import Config, UserError
+from moe_embed.data import hygiene
 from moe_embed.data import origin as origin_lib
 from moe_embed.data.sources import Pair, Source, Task
 from moe_embed.fields import count
@@ -97,11 +98,7 @@ def _all_of(num_pairs: int) -> str:
 
 def _without(pair: Pair, texts: Collection[str]) -> Pair:
     """The pair without the hard negatives that are among `texts`."""
-    keep = [text not in texts for text in pair.negatives]
-    if all(keep):
-        return pair
-    negatives, scores = (tuple(itertools.compress(of, keep)) for of in (pair.negatives, pair.scores[1:]))
-    return dataclasses.replace(pair, negatives=negatives, scores=(*pair.scores[:1], *scores))
+    return hygiene.with_negatives(pair, [text not in texts for text in pair.negatives])
 
 
 def _groups(keys: Sequence[tuple]) -> list[int]:

@@ -6,7 +6,7 @@
     python -m moe_embed.prepare --describe=DIR
 
 DIR is what `--config.data.sources=DIR` takes, and `tfds.builder_from_directory(DIR).as_data_source("train")`. Each input is a
-source of its own; inputs are read in parallel and never held in memory. A run that was stopped continues when it is run
+source of its own; inputs are read in parallel, and but for a BEIR folder's never held in memory. A run that was stopped continues when it is run
 again. The same inputs and options give the same bytes.
 """
 
@@ -125,7 +125,7 @@ def _carry_out(
     kept = spool.without_copies(folders)
     layout = spool.lay_out(names, folders, kept)
     count = max(-(-layout.total // shard_size), 1)
-    shard_jobs = [(output, work, layout, number, count) for number in range(count)]
+    shard_jobs = [(output, work, spool.pieces_of(layout, n, count), n, count) for n in range(count)]
     shards = _all(spool.write_shard, shard_jobs, processes=processes, label="writing")
     spool.write_tfds_metadata(output, shards)
     card = data_card.card(spool.reports(folders), layout, tokenizer=pathlib.Path(settings.tokenizer).name)
@@ -195,6 +195,10 @@ def _all(work: Callable, jobs: Sequence[tuple], *, processes: int, label: str) -
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
                     bar.update()
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise UserError(
+                    "a process of prepare was killed, perhaps for its memory; run it again, it goes on, or with fewer --processes."
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -1,5 +1,7 @@
 """Rules for pairs by hand; copies against a set; runs of words against a loop."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -75,3 +77,27 @@ def test_an_answer_is_no_negative_of_its_own_row():
     ]
     assert hygiene.without_answers(found) == (found, 0)
     assert hygiene.without_answers([Pair("q", "d", ("d", "d"))]) == ([Pair("q", "d")], 2)
+
+
+def test_marks_belong_to_their_words_and_forms_are_one():
+    """Vowel signs of Hindi are no borders of words; a text in NFD is the text in NFC."""
+    assert hygiene.WORDS.findall("हिन्दी दिवस, naïve 日本") == ["हिन्दी", "दिवस", "naïve", "日", "本"]
+    french = "été à la plage où l'on a mangé des crêpes et bu du café"
+    composed, decomposed = (unicodedata.normalize(form, french) for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    assert set(hygiene.ngrams(composed, 13)) == set(hygiene.ngrams(decomposed, 13))
+    assert not list(hygiene.ngrams("हिन्दी दिवस", 13))  # two words say nothing
+
+
+def test_negatives_of_a_benchmark_go_with_their_scores():
+    text = " ".join(f"word{i}" for i in range(14))
+    benchmark = hygiene.of_benchmarks([text], 13)
+    pair = Pair("q", "d", ("n", text, "m"), scores=(4.0, 3.0, 2.0, 1.0))
+    left, count = hygiene.without_benchmark(pair, Rules(), benchmark)
+    assert (left.negatives, left.scores, count) == (("n", "m"), (4.0, 3.0, 1.0), 1)
+    assert hygiene.without_benchmark(pair, Rules(), frozenset()) == (pair, 0)
+
+
+def test_a_nul_makes_no_copy():
+    assert hygiene.key(Pair("a\0b", "c")) != hygiene.key(Pair("a", "b\0c"))
+    assert hygiene.key(Pair("a", "b")) == hygiene.key(Pair("a", "b", id="other"))

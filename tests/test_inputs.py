@@ -18,6 +18,9 @@ def test_patterns_and_names(tmp_path):
     files = [str(tmp_path / name) for name in ("[x].jsonl", "a.jsonl", "b.jsonl")]
     assert inputs.find(f"{tmp_path}/*.jsonl") == files
     assert inputs.find(f"{tmp_path}/b.jsonl,{tmp_path}/*.jsonl") == [files[2], *files[:2]]
+    (tmp_path / "link.jsonl").symlink_to(files[2])
+    assert inputs.find(f"{tmp_path}/link.jsonl,{tmp_path}/deep/../b.jsonl") == [f"{tmp_path}/link.jsonl"]  # one file
+    (tmp_path / "link.jsonl").unlink()
     assert inputs.find(f"{tmp_path}/[x].jsonl") == files[:1]  # it exists as it stands
     assert inputs.find(f"{tmp_path}/**/c.jsonl") == [str(tmp_path / "deep" / "c.jsonl")]
     assert inputs.find("tfds:a:train,hf:b:train") == ["tfds:a:train", "hf:b:train"]

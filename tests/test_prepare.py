@@ -224,6 +224,42 @@ def test_decontaminated(tmp_path, capsys):
     assert "in a benchmark 1" in capsys.readouterr().out
     (kept,) = sources.read_sources(str(tmp_path / "out"))[0].pairs
     assert kept.query == "something else"
+    lines = [{"query": "a", "document": "b", "negatives": [long, "n"], "scores": [3, 2, 1]}]
+    (tmp_path / "b.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    run(f"--input={tmp_path}/b.jsonl", f"--output={tmp_path}/out2", f"--decontaminate={task}")
+    assert "1 negatives are in a benchmark; they are left out." in capsys.readouterr().out
+    (kept,) = sources.read_sources(str(tmp_path / "out2"))[0].pairs
+    assert (kept.negatives, kept.scores) == (("n",), (3.0, 1.0))
+
+
+def test_a_beir_folder_is_an_input(tmp_path):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "d", "text": "a document"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "a query"}\n')
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    run(f"--input={folder}", f"--output={tmp_path}/out")
+    (pair,) = sources.read_sources(str(tmp_path / "out"))[0].pairs
+    assert (pair.query, pair.document, pair.id) == ("a query", "a document", "q")
+
+
+def test_the_same_data_from_another_path_is_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"query": "a", "document": "b"}\n')
+    run("--input=a.jsonl", "--output=one")
+    run(f"--input={tmp_path}/a.jsonl", "--output=two")
+    one, two = (sources.read_sources(name)[0].digest for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_process_that_is_killed_is_a_sentence():
+    with pytest.raises(UserError, match="a process of prepare was killed, perhaps for its memory; run it again"):
+        prepare._all(killed, [(0,), (1,)], processes=2, label="a test")
+
+
+def killed(number: int) -> None:
+    """A process of a pool, as the kernel ends one that takes too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_query_as_its_document_and_an_answer_among_the_negatives_are_counted(tmp_path, capsys):

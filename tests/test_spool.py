@@ -7,8 +7,9 @@ import pytest
 
 from moe_embed import prepare
 from moe_embed.config import UserError
-from moe_embed.data import prepared, spool
+from moe_embed.data import inputs, prepared, spool
 from moe_embed.data.hygiene import Rules
+from moe_embed.data.pairs import Pair
 from moe_embed.data.spool import Settings
 
 TOKENIZER = str(prepare.SAMPLE_TOKENIZER)
@@ -79,11 +80,13 @@ def test_layout_shards_and_copies(tmp_path):
     assert [(source, rows.tolist()) for source, rows in layout.pieces] == [(0, [0, 2, 4]), (0, [1, 3]), (1, [1])]
     assert [source["languages"] for source in layout.sources] == [[["de", 3], ["en", 2]], [["ja", 1]]]
     assert (layout.total, layout.copies) == (6, [0, 1])
-    shards = [spool.write_shard(tmp_path, tmp_path, layout, number, 4) for number in range(4)]
+    shards = [
+        spool.write_shard(tmp_path, tmp_path, spool.pieces_of(layout, number, 4), number, 4) for number in range(4)
+    ]
     assert [shard["records"] for shard in shards] == [1, 2, 1, 2]
     records = prepared.Shards(tmp_path, shards).read(np.arange(6))
     assert [prepared.from_bytes(record).query for record in records] == ["q0", "q2", "q4", "q1", "q3", "q9"]
-    again = spool.write_shard(tmp_path, tmp_path, layout, 0, 4)
+    again = spool.write_shard(tmp_path, tmp_path, [], 0, 4)
     assert again == shards[0]
     with pytest.raises(UserError, match="a: all of its pairs are copies"):
         spool.lay_out(["a", "b"], folders, [np.zeros(5, bool), kept[1]])
@@ -101,6 +104,27 @@ def test_a_beir_folder_gives_its_relevant_pairs(tmp_path):
     first = prepared.from_bytes(data[: facts["bytes"][0]])
     assert len(facts) == 2
     assert (first.query, first.document, first.id, first.lang) == ("one", "doc 0", "q1", "en")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert spool.identity(str(folder)) == {"name": str(folder), "bytes": size, "digest": inputs.digest(str(folder))}
+
+
+def test_a_judged_document_without_a_text_is_counted(tmp_path):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    write(folder / "corpus.jsonl", [{"_id": "d0", "text": "doc"}, {"_id": "d1", "text": " "}])
+    write(folder / "queries.jsonl", [{"_id": "q1", "text": "one"}])
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td0\t1\nq1\td1\t1\n")
+    with pytest.raises(UserError, match="the document 'd1' that answers 'q1' has no text"):
+        spool.fill(str(folder), tmp_path / "s", Settings(tokenizer=TOKENIZER))
+    spool.fill(str(folder), tmp_path / "t", Settings(tokenizer=TOKENIZER, max_bad_fraction=0.5))
+    report = spool.report_of(tmp_path / "t")
+    assert (report["rows"], report["pairs"], report["bad"]) == (2, 1, {"empty text": 1})
+
+
+def test_a_chunk_ends_at_so_many_characters(monkeypatch):
+    monkeypatch.setattr(spool, "CHARACTERS", 10)
+    pairs = [Pair("q" * 4, "d", ("n",) * 2) for _ in range(5)]
+    assert [len(chunk) for chunk in spool._chunks(iter(pairs))] == [2, 2, 1]
 
 
 def test_benchmarks_that_are_none_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +11,11 @@ import numpy as np
 
 from moe_embed.data.pairs import Pair
 
-# Words; of Chinese, Japanese, Korean (which write none) single characters.
-WORDS = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]|[^\W_぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+")
+MARKS = "".join(
+    c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M"
+)  # vowel signs; \w has none of them
+# Words, their marks with them; of Chinese, Japanese, Korean (which write none) single characters.
+WORDS = re.compile(rf"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿]|(?:[^\W_぀-ヿ㐀-䶿一-鿿가-힯豈-﫿]|[{MARKS}])+")
 WORTH_SAYING = 5  # words: a benchmark's text of fewer is no evidence that a pair comes from it
 BUCKET = 2**25  # keys that are sorted at once
 
@@ -40,9 +44,13 @@ def fault(pair: Pair, rules: Rules, benchmark: frozenset[int] = frozenset()) -> 
         return "too long"
     if rules.max_symbols < 1 and any(symbols(text) > rules.max_symbols for text in texts):
         return "symbols"
-    if benchmark and any(not benchmark.isdisjoint(ngrams(text, rules.ngram)) for text in texts):
+    if any(_is_of(text, rules, benchmark) for text in texts):
         return "in a benchmark"
     return ""
+
+
+def _is_of(text: str, rules: Rules, benchmark: frozenset[int]) -> bool:
+    return bool(benchmark) and not benchmark.isdisjoint(ngrams(text, rules.ngram))
 
 
 def without_answers(pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
@@ -51,14 +59,25 @@ def without_answers(pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
     A negative's score goes with it.
     """
     answers = {pair.document for pair in pairs}
-    found = [i for i, text in enumerate(pairs[0].negatives) if text in answers]
-    if not found:
-        return list(pairs), 0
-    rest = lambda values: tuple(value for i, value in enumerate(values) if i not in found)  # noqa: E731
-    return [
-        dataclasses.replace(pair, negatives=rest(pair.negatives), scores=pair.scores[:1] + rest(pair.scores[1:]))
-        for pair in pairs
-    ], len(found)
+    keep = [text not in answers for text in pairs[0].negatives]
+    return [with_negatives(pair, keep) for pair in pairs], keep.count(False)
+
+
+def without_benchmark(pair: Pair, rules: Rules, benchmark: frozenset[int]) -> tuple[Pair, int]:
+    """The pair without those of its negatives that share words with a benchmark, as `fault` counts them; and how many those are.
+
+    They would be pushed away from a query that is not the benchmark's, all the same: an answer seen in training as a wrong one.
+    """
+    keep = [not _is_of(text, rules, benchmark) for text in pair.negatives]
+    return with_negatives(pair, keep), keep.count(False)
+
+
+def with_negatives(pair: Pair, keep: Sequence[bool]) -> Pair:
+    """The pair with those of its negatives that `keep` marks, and with their scores."""
+    if all(keep):
+        return pair
+    negatives, scores = (tuple(itertools.compress(of, keep)) for of in (pair.negatives, pair.scores[1:]))
+    return dataclasses.replace(pair, negatives=negatives, scores=(*pair.scores[:1], *scores))
 
 
 def symbols(text: str) -> float:
@@ -68,11 +87,11 @@ def symbols(text: str) -> float:
 
 
 def ngrams(text: str, n: int) -> Iterator[int]:
-    """Hashes of the runs of n lower-cased words in a text; a shorter text is one run, if it is worth saying.
+    """Hashes of the runs of n lower-cased words in a text (NFKC); a shorter text is one run, if it is worth saying.
 
     The hashes are those of this process.
     """
-    words = WORDS.findall(text.lower())
+    words = WORDS.findall(unicodedata.normalize("NFKC", text).lower())
     if WORTH_SAYING <= len(words) <= n:
         yield hash(" ".join(words))
     else:
@@ -87,7 +106,8 @@ def of_benchmarks(texts: Iterable[str], n: int) -> frozenset[int]:
 
 def key(pair: Pair) -> int:
     """64 bits of a pair's two texts: what makes two rows copies of each other."""
-    digest = hashlib.blake2b(pair.query.encode() + b"\0" + pair.document.encode(), digest_size=8).digest()
+    query = pair.query.encode()
+    digest = hashlib.blake2b(b"%d " % len(query) + query + pair.document.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -97,10 +117,13 @@ def first_of_its_kind(keys: Sequence[np.ndarray]) -> list[np.ndarray]:
     Only BUCKET of them or so are in memory at once; the arrays may be memory maps.
     """
     total = sum(map(len, keys))
+    blocks = [range(0, len(array), BUCKET) for array in keys]
     shift = np.uint64(64 - max(int(total // BUCKET).bit_length(), 1))
     first = [np.zeros(len(array), bool) for array in keys]
     for bucket in range(1 << (64 - int(shift))):
-        here = [np.flatnonzero(array >> shift == bucket) for array in keys]
+        here = [np.concatenate([np.zeros(0, np.int64), *(
+            at + np.flatnonzero(array[at : at + BUCKET] >> shift == bucket) for at in starts
+        )]) for array, starts in zip(keys, blocks, strict=True)]  # fmt: skip
         values = np.concatenate([array[i] for array, i in zip(keys, here, strict=True)])
         _, where = np.unique(values, return_index=True)
         chosen = np.zeros(len(values), bool)

@@ -3,6 +3,7 @@
 import functools
 import glob
 import importlib.util
+import os
 import pathlib
 import re
 import zlib
@@ -17,6 +18,7 @@ from moe_embed.data.tables import BadRow
 from moe_embed.fields import first_line
 
 TFDS, HUB = "tfds:", "hf:"
+BEIR = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv")  # of a folder of that kind, what pairs are made of
 SIGNED = re.compile(r"://[^/]*@|\?.*=")  # an address with a password, or with a query that signs it
 
 
@@ -44,10 +46,19 @@ def find(text: str) -> list[str]:
             raise UserError(f"{part} cannot be looked up: {error}.") from error
         if not paths:
             raise UserError(f"{part} does not exist, and is no pattern of files that do.")
-        found += [path for path in paths if path not in found]
+        found += paths
+    first: dict[str, str] = {}
+    for path in found:
+        first.setdefault(same(path), path)
+    found = list(first.values())
     if not found:
         raise UserError(f"{text!r} names no file.")
     return found
+
+
+def same(name: str) -> str:
+    """What two names of one input have in common: of local files the path without links."""
+    return name if name.startswith((TFDS, HUB)) or "://" in name else os.path.realpath(name)
 
 
 def rows(name: str) -> Iterator[tuple[str, dict | BadRow]]:
@@ -75,8 +86,7 @@ def digest(name: str) -> int:
     if name.startswith(HUB):
         return zlib.crc32(name.encode())
     if epath.Path(name).is_dir():  # a BEIR folder
-        files = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv")
-        return zlib.crc32(" ".join(str(tables.digest(f"{name}/{file}")) for file in files).encode())
+        return zlib.crc32(" ".join(str(tables.digest(f"{name}/{file}")) for file in BEIR).encode())
     return tables.digest(name)
 
 

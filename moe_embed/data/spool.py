@@ -4,6 +4,7 @@ A spool is an input's good pairs as they will stand in the shards, one after the
 each. A folder's report.json is written last and makes the pass done; a shard's is beside it in the work folder.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -28,7 +29,8 @@ from moe_embed.data.sources import read_task
 from moe_embed.data.tally import Tally
 
 FACTS = np.dtype([("key", "<u8"), ("bytes", "<u4"), ("lang", "<u4"), ("query", "<u4"), ("document", "<u4")])
-CHUNK = 4096  # pairs tokenised together
+CHUNK = 4096  # pairs tokenised together, or of fewer so many
+CHARACTERS = 2**24
 READ = 2**22  # bytes of a file read at once
 BINS = 2 ** np.arange(4, 14)  # of the histogram of tokens: up to 16, 32, ... 8,192, and more
 
@@ -74,7 +76,8 @@ def identity(name: str) -> dict:
     """
     path = epath.Path(name)
     if name.startswith((inputs.TFDS, inputs.HUB)) or path.is_dir():
-        size = 0 if not path.is_dir() else sum(p.stat().length for p in path.glob("**/*") if p.is_file())
+        files = [path / file for file in inputs.BEIR] if path.is_dir() else []
+        size = sum(file.stat().length for file in files if file.exists())
         return {"name": name, "bytes": size, "digest": inputs.digest(name)}
     crc = 0
     try:
@@ -98,17 +101,9 @@ def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     tally = Tally(name, max_bad_fraction=settings.max_bad_fraction)
-    langs, dropped, seen, answers = {}, {}, 0, []
+    langs, counts = {}, Counts()
     with open(folder / "records", "wb") as records, open(folder / "facts", "wb") as facts:
-        for pairs in _chunks(_pairs(name, tally, settings, answers)):
-            kept = []
-            for pair in pairs:
-                seen += 1
-                fault = hygiene.fault(pair, settings.rules, _benchmark(settings.benchmarks, settings.rules.ngram))
-                if fault:
-                    dropped[fault] = dropped[fault] + 1 if fault in dropped else 1
-                else:
-                    kept.append(pair)
+        for kept in _chunks(_kept(_pairs(name, tally, settings, counts), settings, counts)):
             array = np.zeros(len(kept), FACTS)
             array["query"], array["document"] = _lengths(kept, settings.tokenizer)
             for fact, pair in zip(array, kept, strict=True):
@@ -120,39 +115,71 @@ def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
         for file in (records, facts):
             file.flush()
             os.fsync(file.fileno())
-    report = {"name": name, "rows": tally.good + tally.bad.total(), "pairs": seen, "bad": dict(tally.bad)}
-    report |= {"examples": tally.first, "dropped": dropped, "langs": list(langs), "digest": inputs.digest(name)}
-    report["answers"] = sum(answers)
+    report = {"name": name, "rows": tally.good + tally.bad.total(), "pairs": counts.pairs, "bad": dict(tally.bad)}
+    report |= {"examples": tally.first, "dropped": dict(counts.dropped), "langs": list(langs)}
+    report |= {"digest": inputs.digest(name), "answers": counts.answers, "of_benchmark": counts.of_benchmark}
     stored.write_json(folder / "report.json", report)
 
 
-def _pairs(name: str, tally: Tally, settings: Settings, answers: list[int]) -> Iterator[Pair]:
-    """The good pairs of an input, in order; of a BEIR folder the queries with their relevant documents.
+@dataclasses.dataclass
+class Counts:
+    """What `fill` counts of an input, beside bad rows: pairs, those left out by rule, and negatives left out of pairs that stay."""
 
-    Negatives that are answers of their own row are left out, and `answers` is told of how many.
+    pairs: int = 0
+    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    answers: int = 0  # of their own row
+    of_benchmark: int = 0
+
+
+def _pairs(name: str, tally: Tally, settings: Settings, counts: Counts) -> Iterator[Pair]:
+    """The good pairs of an input, in order; of a BEIR folder, whose texts are held in memory, queries with relevant documents.
+
+    Negatives that are answers of their own row are left out.
     """
     if epath.Path(name).is_dir() and not name.startswith((inputs.TFDS, inputs.HUB)):
-        task = read_task(name, split="train")
-        rows = ((f"{name}, {q}", Pair(task.queries[q], task.corpus[d], (), settings.lang, q))
-                for q, judged in task.relevance.items() for d, grade in judged.items()
-                if grade > 0 and d in task.corpus)  # fmt: skip
-        yield from tally.good_of(rows, lambda pair, place, number: pair)
+        yield from tally.good_of(_judged(name, settings.lang), lambda pair, place, number: pair)
         return
     make = functools.partial(pairs_lib.of_row, query=settings.query, document=settings.document)
     for of_row in tally.good_of(inputs.rows(name), make):
         pairs, count = hygiene.without_answers(of_row)
-        answers += [count] if count else []
+        counts.answers += count
         for pair in pairs:
             yield pair if pair.lang or not settings.lang else dataclasses.replace(pair, lang=settings.lang)
 
 
+def _judged(folder: str, lang: str) -> Iterator[tuple[str, Pair | tables.BadRow]]:
+    """A BEIR folder's pairs; a judged document without a text, or of which there is none, is a bad row."""
+    task = read_task(folder, split="train")
+    for q, judged in task.relevance.items():
+        for d, grade in judged.items():
+            if grade > 0 and d in task.corpus:
+                yield f"{folder}, {q}", Pair(task.queries[q], task.corpus[d], (), lang, q)
+            elif grade > 0:
+                sentence = f"{folder}: the document {d!r:.60} that answers {q!r:.60} has no text in corpus.jsonl."
+                yield f"{folder}, {q}", tables.BadRow(sentence, reason="empty text")
+
+
+def _kept(pairs: Iterator[Pair], settings: Settings, counts: Counts) -> Iterator[Pair]:
+    """What the rules leave of pairs, and of their negatives."""
+    benchmark = _benchmark(settings.benchmarks, settings.rules.ngram)
+    for pair in pairs:
+        counts.pairs += 1
+        if fault := hygiene.fault(pair, settings.rules, benchmark):
+            counts.dropped[fault] += 1
+        else:
+            pair, count = hygiene.without_benchmark(pair, settings.rules, benchmark)
+            counts.of_benchmark += count
+            yield pair
+
+
 def _chunks(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:
-    chunk = []
+    chunk, characters = [], 0
     for pair in pairs:
         chunk.append(pair)
-        if len(chunk) == CHUNK:
+        characters += len(pair.query) + len(pair.document) + sum(map(len, pair.negatives))
+        if len(chunk) == CHUNK or characters > CHARACTERS:
             yield chunk
-            chunk = []
+            chunk, characters = [], 0
     yield chunk
 
 
@@ -208,28 +235,37 @@ def lay_out(names: Sequence[str], folders: Sequence[pathlib.Path], kept: Sequenc
     return Layout(pieces, list(folders), sources, copies)
 
 
-def write_shard(output: pathlib.Path, work: pathlib.Path, layout: Layout, number: int, count: int) -> dict:
-    """Write shard `number` of `count`, unless that is done: {"file", "records", "bytes", "sha256"}."""
+def pieces_of(layout: Layout, number: int, count: int) -> list[tuple[pathlib.Path, np.ndarray]]:
+    """What goes to shard `number` of `count`: some rows of a spool after the other. A process is given no more than that."""
+    first, last = (layout.total * i // count for i in (number, number + 1))
+    start, pieces = 0, []
+    for source, rows in layout.pieces:
+        some = rows[max(first - start, 0) : max(last - start, 0)]
+        start += len(rows)
+        pieces += [(layout.folders[source], some)] if len(some) else []
+    return pieces
+
+
+def write_shard(
+    output: pathlib.Path, work: pathlib.Path, pieces: Sequence[tuple[pathlib.Path, np.ndarray]], number: int, count: int
+) -> dict:
+    """Write shard `number` of `count`, its `pieces_of`, unless that is done: {"file", "records", "bytes", "sha256"}."""
     done = work / f"shard-{number:05d}.json"
     path = output / prepared.shard_name(number, count)
     if done.exists() and path.exists():
         return json.loads(done.read_text())
-    first, last = (layout.total * i // count for i in (number, number + 1))
     partial = path.with_name(path.name + ".partial")
     writer = array_record_module.ArrayRecordWriter(str(partial), prepared.WRITER)
-    start = 0
-    for source, rows in layout.pieces:
-        some = rows[max(first - start, 0) : max(last - start, 0)]
-        start += len(rows)
-        if len(some):
-            for record in _records(layout.folders[source], some):
-                writer.write(record)
+    for folder, rows in pieces:
+        for record in _records(folder, rows):
+            writer.write(record)
     writer.close()
     with open(partial, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     partial.replace(path)
-    shard = {"file": path.name, "records": last - first, "bytes": path.stat().st_size, "sha256": sha256}
+    records = sum(len(rows) for _, rows in pieces)
+    shard = {"file": path.name, "records": records, "bytes": path.stat().st_size, "sha256": sha256}
     stored.write_json(done, shard)
     return shard
 
