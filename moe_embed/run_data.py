@@ -94,9 +94,16 @@ def read_sources(config: Config) -> list[list]:
             sources_lib.read_sources,
             options | {"query": c.query, "document": c.document, "teacher": c.teacher},
         )
+    begun: set[str] = set()
     for name in c.sources:
         try:
-            named.append([source for path in inputs.find(name) for source in reader(path, **options)])
+            paths = inputs.find(name)
+            if again := [path for path in paths if inputs.same(path) in begun]:
+                raise UserError(
+                    f"{again[0]} stands twice in config.data.sources; its pairs would be seen twice an epoch."
+                )
+            begun |= set(map(inputs.same, paths))
+            named.append([source for path in paths for source in reader(path, **options)])
         except UserError as error:
             faults.extend(error.args)
     if faults:

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from moe_embed import bucket, checkpoint, metrics
@@ -146,13 +147,13 @@ def check_fingerprint(saved: dict, now: dict, workdir: pathlib.Path, *, allow: C
 
 def _files_changed(before: Sequence[list], now: Sequence[list]) -> list[str]:
     """What became of each file, of [name, pairs, digest] each."""
-    old, new = ({name: (count, digest) for name, count, digest in files} for files in (before, now))
-    found = [f"{name} ({old[name][0]:,} pairs) is gone" for name in old if name not in new]
-    found += [f"{name} ({new[name][0]:,} pairs) is new" for name in new if name not in old]
-    for name in old:
-        if name in new and old[name] != new[name]:
-            counts = f"{old[name][0]:,} pairs, now {new[name][0]:,}"
-            found.append(
-                f"{name} is another: it had {counts}" if old[name][0] != new[name][0] else f"{name} has other bytes"
-            )
-    return [f"files: {one}" for one in found] or ["files: their order is another"]
+    gone, came_new, changed = [], [], []
+    for name in dict.fromkeys(name for name, *_ in (*before, *now)):  # files of several folders may have one name
+        old, new = (Counter(tuple(of) for other, *of in files if other == name) for files in (before, now))
+        left, came = list((old - new).elements()), list((new - old).elements())
+        for (number, _), (number_now, _) in zip(left, came, strict=False):
+            counts = f"{number:,} pairs, now {number_now:,}"
+            changed.append(f"{name} is another: it had {counts}" if number != number_now else f"{name} has other bytes")
+        gone += [f"{name} ({number:,} pairs) is gone" for number, _ in left[len(came) :]]
+        came_new += [f"{name} ({number:,} pairs) is new" for number, _ in came[len(left) :]]
+    return [f"files: {one}" for one in (*gone, *came_new, *changed)] or ["files: their order is another"]

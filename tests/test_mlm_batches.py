@@ -314,6 +314,7 @@ def test_the_fingerprint_follows_the_data():
     others = [make(texts[1:]), make(texts, seed=1), make(texts, batch_size=8), make(texts, smoothing=0.3)]
     others.append(make(texts, by_language=True))
     assert all(first != other.fingerprint for other in others)
+    assert first != make(texts, row_length=128).fingerprint  # what a step draws are packed rows
     source = Texts("folder/a.jsonl", texts, [""] * 150, 18)
     assert first != MlmBatches([source], FakeTokenizer(), config(), num_shards=1).fingerprint
 

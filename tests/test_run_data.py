@@ -66,6 +66,12 @@ def test_every_fault_at_once(tmp_path, config):
     assert len(caught.value.args) == 3
 
 
+def test_a_file_that_is_named_twice_is_refused(tmp_path, config):
+    path = write(tmp_path / "a.jsonl", 9)
+    with pytest.raises(UserError, match=r"a\.jsonl stands twice in config.data.sources"):
+        open_(config, sources=(path, f"{tmp_path}/*.jsonl"))
+
+
 def test_too_much_to_hold_out(tmp_path, config, monkeypatch):
     monkeypatch.setattr(held_out, "MOST_PAIRS", 10)
     with pytest.raises(UserError, match="reads all pairs into memory, and there are 99"):

@@ -77,3 +77,16 @@ def test_what_may_change_by_name_is_no_other_config(tmp_path):
     with pytest.raises(UserError, match=r"config.run.seed=0, not 5"):
         same_run.refuse_changes(before, now, tmp_path, allow=["files"])
     same_run.refuse_changes(before, now, tmp_path, allow=["seed", "batch_size"])
+
+
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path):
+    before = {"files": [["train.jsonl", 10, 1], ["train.jsonl", 20, 2]]}
+    for now, said in (
+        ([["train.jsonl", 11, 9], ["train.jsonl", 20, 2]], "train.jsonl is another: it had 10 pairs, now 11."),
+        ([["train.jsonl", 20, 2]], "train.jsonl (10 pairs) is gone."),
+        ([["train.jsonl", 10, 1], ["train.jsonl", 20, 2], ["train.jsonl", 3, 3]], "train.jsonl (3 pairs) is new."),
+        ([["train.jsonl", 20, 2], ["train.jsonl", 10, 1]], "their order is another."),
+    ):
+        with pytest.raises(UserError) as refused:
+            same_run.check_fingerprint(before, {"files": now}, tmp_path)
+        assert refused.value.args[0].endswith(f"files: {said}")

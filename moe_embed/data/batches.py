@@ -243,7 +243,7 @@ class Batches:
 
     def _choose_sizes(self, steps: int) -> tuple[int, ...]:
         """The counts of micro-batches, from the lengths of a sample of each group's pairs and batches drawn of them."""
-        c, n = self.c, self.c.batch_size // self.num_shards
+        c, n = self.c, max(self.c.batch_size // self.num_shards, 1)  # 0 is for program.build to refuse
         drawn = np.bincount(self.mixture.group_of_step, minlength=len(self.groups)) / steps
         needed, weight = [], []
         for group, share in zip(self.groups, drawn, strict=True):

@@ -64,7 +64,11 @@ class MlmBatches:
     @property
     def fingerprint(self) -> dict:
         """What the order of the data depends on; a checkpoint keeps it, and a resume compares."""
-        return batches.fingerprint(self.sources, self.tokenizer, self.c, seed=self.seed)
+        of_rows = {
+            "row_length": self.c.row_length,
+            "texts_per_row": self.c.texts_per_row,
+        }  # what is drawn are packed rows
+        return batches.fingerprint(self.sources, self.tokenizer, self.c, seed=self.seed) | of_rows
 
     @property
     def summary(self) -> str:

@@ -82,14 +82,15 @@ class Shards:
         parts = np.split(order, starts[1:])
         found: list[bytes] = [b""] * len(places)
         with self.lock:  # a reader serves one thread at a time; this call's threads have one shard each
-            for number, here, records in zip(
-                numbers, parts, self.threads.map(self._read, numbers, [places[here] for here in parts]), strict=True
-            ):
-                self.readers.move_to_end(int(number))
-                for i, record in zip(here, records, strict=True):
-                    found[i] = record
-            while len(self.readers) > OPEN:
-                self.readers.popitem(last=False)[1].close()
+            for start in range(0, len(numbers), OPEN):
+                some, of_some = numbers[start : start + OPEN], parts[start : start + OPEN]
+                read = self.threads.map(self._read, some, [places[here] for here in of_some])
+                for number, here, records in zip(some, of_some, read, strict=True):
+                    self.readers.move_to_end(int(number))
+                    for i, record in zip(here, records, strict=True):
+                        found[i] = record
+                while len(self.readers) > OPEN:
+                    self.readers.popitem(last=False)[1].close()
         return found
 
     def _read(self, number: int, places: np.ndarray) -> list[bytes]:
@@ -193,7 +194,9 @@ def _check(manifest: dict) -> None:
         names = [lang for lang, _ in source["languages"]]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"a source has the languages {names!r:.80}")
-        records -= sum(count for _, count in source["languages"])
+        if not (number := sum(count for _, count in source["languages"])):
+            raise ValueError(f"the source {source['name']!r:.80} is empty")
+        records -= number
     if records or not manifest["shards"] or not manifest["sources"]:
         raise ValueError(f"its shards hold {records} records more than its sources")
     if not isinstance(manifest["card"], dict) or not isinstance(manifest["order"], dict):
@@ -228,7 +231,8 @@ def sources(root: pathlib.Path) -> Iterator[tuple[str, Records, int]]:
     manifest = read_manifest(root)
     shards, first = Shards(root, manifest["shards"]), 0
     whole = digest_of(manifest["shards"])
-    for source in manifest["sources"]:
+    for number, source in enumerate(manifest["sources"]):
         records = Records(shards, first=first, languages=[(lang, count) for lang, count in source["languages"]])
         first += len(records)
-        yield f"{root}/{source['name']}", records, zlib.crc32(f"{whole} {source['name']} {len(records)}".encode())
+        # Not of the source's name: the same data prepared from another path is the same data.
+        yield f"{root}/{source['name']}", records, zlib.crc32(f"{whole} {number} {len(records)}".encode())
