@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The tests. Alone: all but the slow ones and those that need special hardware. With arguments: what pytest selects by them.
+# The tests. Alone: all but the slow ones, those that need special hardware, and the markers faults, notebooks, readme and bench.
+# With arguments: what pytest selects by them.
 #   bash launch/test.sh                       bash launch/test.sh tests/parity              bash launch/test.sh -m slow
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # torch beside jax, where a CPU build of it exists under the pinned number, and libtpu, which compiles for TPUs without one;
 # elsewhere the run says which tests that costs.
 extras=(test serve gcs)
-if "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then extras+=(torch); fi
+if "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then extras+=(torch); fi
 # Large, and for those who ask: other people's software that opens our exports, runs our models, or executes notebooks.
 for extra in mteb deploy notebooks; do
     if [[ "$*" == *"$extra"* ]]; then extras+=("$extra"); fi

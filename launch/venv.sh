@@ -4,8 +4,14 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
+# Who names no Python gets that of the .venv which is there: one made by PYTHON=python3.12 is not made anew for another python3.
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    if .venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then PYTHON=.venv/bin/python; fi
+fi
+
 ready_venv() {
-    local python=${PYTHON:-python3} extras version stamp start=$SECONDS
+    local python=$PYTHON extras version stamp start=$SECONDS
     extras=$(IFS=,; echo "$*")
     version=$("$python" -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14); print(*sys.version_info[:2], sep=".")' 2>/dev/null) || {
         echo "error: $python is $("$python" --version 2>&1); set PYTHON to a Python of 3.11 to 3.13." >&2

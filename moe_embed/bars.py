@@ -42,9 +42,10 @@ def as_svg(parts: Mapping[str, float], *, limit: float, title: str) -> str:
     at = left + limit * scale
     shapes.append(f'<path d="M{at:.1f} {top - 8}V{top + height + 8}" stroke="#000" stroke-width="2"/>')
     shapes.append(f'<text x="{at:.1f}" y="{top + height + 22}" text-anchor="end">limit {limit / GIB:.2f} GiB</text>')
+    font = min(15, 2 * (width - 2 * left) / max(len(title), 1))  # a long title is smaller, not cut off
     bottom = top + height + 44 + 22 * -(-len(parts) // 3)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom}" viewBox="0 0 {width} {bottom}" '
         f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
-        f'<text x="{left}" y="26" font-size="15">{html.escape(title)}</text>{"".join(shapes)}</svg>\n'
+        f'<text x="{left}" y="26" font-size="{font:.3g}">{html.escape(title)}</text>{"".join(shapes)}</svg>\n'
     )

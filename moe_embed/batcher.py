@@ -61,6 +61,7 @@ class Batcher:
     ):
         self._encode, self._max_batch, self._max_queue = encode, max_batch, max_queue
         self._jobs: collections.deque[_Job] = collections.deque()
+        self._under_way: list[_Job] = []  # of the call that runs
         self._changed = threading.Condition()
         self._closed, self._last_seconds = False, 0.0
         self.counts = Counts()
@@ -93,6 +94,15 @@ class Batcher:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+
+    def give_up(self) -> None:
+        """End at once: whoever has no answer yet gets Closed, those of the call under way too."""
+        with self._changed:
+            self._closed = True
+            lost = {*self._jobs, *self._under_way}
+            self._changed.notify()
+        for job in lost:
+            _settle(job.answer, error=Closed())
 
     def _num_waiting(self) -> int:
         return sum(len(job.texts) - job.num_taken for job in self._jobs if not job.answer.cancelled())
@@ -148,6 +158,7 @@ class Batcher:
             if stop < len(job.texts):
                 unfinished.append(job)
         self._jobs = collections.deque(others + unfinished)
+        self._under_way = [job for job, _, _ in shares]
         return shares
 
     def _count(self, *, seconds: float, texts: int, tokens: int) -> None:

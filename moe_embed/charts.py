@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_embed import page
+from moe_embed import fields, page
 
 LEFT, RIGHT = 52, 12  # of a chart, in the units of its viewBox
 HEIGHT, TOP, LANE, BOTTOM = 150, 8, 19, 34
@@ -63,7 +63,9 @@ def lines(
         f'<path class="grid-line" d="M{LEFT} {at_y(y):.1f}h{across}"/><text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{short(y)}</text>'
         for y in y_ticks
     ]
-    x_ticks = sorted(set(all_x.tolist())) if log_x else [x for x in ticks(x_from, x_to) if x_from <= x <= x_to]
+    within = [x for x in ticks(x_from, x_to) if x_from <= x <= x_to]
+    round_x = within if x_from < x_to else [x_from]  # of a run of one step, which is seldom a round number
+    x_ticks = sorted(set(all_x.tolist())) if log_x else round_x
     for place, x in _apart([(float(at_x(x)), x) for x in x_ticks], 24):  # nearer, the numbers run into each other
         parts.append(f'<text x="{place:.1f}" y="{top + HEIGHT + 15}" text-anchor="middle">{short(x)}</text>')
     parts.append(
@@ -156,7 +158,7 @@ def bars(
     parts = [f'<path class="grid-line" d="M{left:.1f} 4v{each * num_rows}"/>']
     for r in range(num_rows):
         y = 8 + each * r
-        name = page.text(page.cut(rows[r], int((left - 12) / 6)))
+        name = page.text(fields.cut(rows[r], int((left - 12) / 6)))
         parts.append(
             f'<text class="name" x="{left - 6:.1f}" y="{y + (each - 8) / 2 + 4:.1f}" text-anchor="end">{name}</text>'
         )
@@ -208,7 +210,8 @@ def ticks(low: float, high: float) -> list[float]:
         power * k for k in (1, 2, 2.5, 5, 10) if math.ceil(high / (power * k)) - math.floor(low / (power * k)) <= 6
     )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * k, 12) for k in range(first, last + 1)]
+    digits = 2 - math.floor(math.log10(step))  # a step has one or two: the rest is noise of the product
+    return [round(step * k, digits) for k in range(first, last + 1)]
 
 
 def short(value: float) -> str:

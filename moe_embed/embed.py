@@ -13,10 +13,9 @@ import functools
 import pathlib
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 
-from moe_embed import retrieval, vector_file, verb
+from moe_embed import fields, retrieval, vector_file, verb
 from moe_embed.config import UserError
 from moe_embed.data import corpus as corpus_lib
 from moe_embed.data import sources
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=pathlib.Path, help="a .npy file: [lines, dim], unit norm")
     parser.add_argument("--task", help="the prompt to put in front: query, document, ... (default: none)")
     parser.add_argument("--dim", type=int, help="keep this many numbers of each vector")
-    parser.add_argument("--dtype", choices=vector_file.DTYPES, default="float32", help="of the output")
+    parser.add_argument("--dtype", choices=vector_file.DTYPES, help=f"of the output (default: {vector_file.DTYPES[0]})")
     parser.add_argument("--search", help="a corpus.jsonl to search instead of writing vectors")
     parser.add_argument("--top_k", type=int, default=3, help="documents shown for a query")
     arguments = parser.parse_args(argv)
@@ -38,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
         parser.error("give --output=E.npy to write vectors, or --search=corpus.jsonl to search")
     if arguments.output and not arguments.input:
         parser.error("--output needs --input=texts.jsonl, or --input=- for standard input")
+    if arguments.search and (arguments.task is not None or arguments.dtype):
+        parser.error("--task and --dtype are for --output; --search has its own prompts: query and document")
     if arguments.top_k < 1:
         raise UserError(f"--top_k={arguments.top_k} shows nothing; give 1 or more.")
     if arguments.output:
@@ -53,13 +54,13 @@ def main(argv: Sequence[str]) -> None:
             typed = list(read())  # a pipe is not read twice
             read = lambda: typed  # noqa: E731
         texts = vector_file.Texts(read, *corpus_lib.survey(read()))
-        options = {"task": arguments.task, "dim": dim, "dtype": arguments.dtype}
+        options = {"task": arguments.task, "dim": dim, "dtype": arguments.dtype or vector_file.DTYPES[0]}
         vector_file.write(model, arguments.output, texts, **options, progress=sys.stderr.isatty())
         print(f"{arguments.output}: {texts.count} vectors of {dim} numbers.")
 
 
 def search(model: Model, corpus: Sequence[str], queries, *, top_k: int, dim: int | None = None) -> None:
-    """Print, for each query, the documents of highest cosine, one line each, cut to the terminal's width."""
+    """Print, for each query, the documents of highest cosine, one line each, of as many letters as the terminal has columns."""
     document_CD = model.encode(corpus, model.prompt("document"), dim, progress=sys.stderr.isatty())
     width = shutil.get_terminal_size((100, 24)).columns
     for query in queries:
@@ -67,7 +68,7 @@ def search(model: Model, corpus: Sequence[str], queries, *, top_k: int, dim: int
         scores, indices = retrieval.top_k(query_ND, document_CD, k=top_k)
         print(f"\n{query}")
         for score, index in zip(scores[0], indices[0], strict=True):
-            print(textwrap.shorten(f"{score:.3f} {corpus[index]}", width, placeholder=" ...", initial_indent="  "))
+            print(fields.cut(f"  {score:.3f} {fields.one_line(corpus[index])}", width))
 
 
 def _typed():

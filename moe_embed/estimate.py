@@ -241,11 +241,11 @@ def seconds(
     """A step between two roofs: not a measurement, and not a promise.
 
     Low: the model's FLOPs at MFU[1] of the peak, or what is computed at the whole of it, or HBM, or all wires at once: whichever
-    takes longest, the others hidden behind it. High: the model's FLOPs at MFU[0], or HBM, and after it all that is sent, over
-    half of the wires.
+    takes longest, the others hidden behind it. High: the model's FLOPs at MFU[0], or what is computed at the whole of the peak,
+    or HBM, and after it all that is sent, over half of the wires.
     """
     chip = topology.chip
     roofs = {"compute": computed / chip.flops, "hbm": moved / chip.bandwidth, "wires": sent / topology.wires}
     low = max(model / (MFU[1] * chip.flops), *roofs.values())
-    high = max(model / (MFU[0] * chip.flops), low) + 2 * roofs["wires"]
+    high = max(model / (MFU[0] * chip.flops), roofs["compute"], roofs["hbm"]) + 2 * roofs["wires"]
     return {"low": low, "high": high, **{f"roof_{name}": value for name, value in roofs.items()}}

@@ -20,6 +20,16 @@ def count(number: int, thing: str, things: str = "") -> str:
     return f"{number:,} {thing if number == 1 else things or thing + 's'}"
 
 
+def one_line(said: str) -> str:
+    """Words with one space between them, whatever stood there: a line break of any kind too."""
+    return " ".join(said.split())
+
+
+def cut(said: str, room: int) -> str:
+    """At most `room` letters, with an ellipsis for the rest. Not by words: Japanese, Chinese and Thai have no spaces."""
+    return said if len(said) <= room else said[: max(room - 1, 1)] + "…"
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in a line for a sentence; its name if it has no words."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -20,12 +20,11 @@ import os
 import pathlib
 import random
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moe_embed import retrieval, verb
+from moe_embed import fields, retrieval, verb
 from moe_embed.config import UserError
 from moe_embed.data import inputs, sources, tables
 from moe_embed.data import pairs as pairs_lib
@@ -176,7 +175,7 @@ def summary(counts: collections.Counter, examples: Sequence[Dropped]) -> str:
     lines = [*table("file", 0)]
     if any(lang for _, lang, _ in counts):
         lines += ["", *table("language", 1)]
-    cut = lambda text: textwrap.shorten(text, 100, placeholder=" ...")  # noqa: E731
+    cut = lambda text: fields.cut(fields.one_line(text), 100)  # noqa: E731
     for example in random.Random(0).sample(list(examples), min(EXAMPLES, len(examples))):
         lines += ["", f"dropped: {cut(example.pair.query)}", f"  {example.score:.3f}  {cut(example.pair.document)}"]
         lines.append(f"  {example.best_score:.3f}  {cut(example.best)}  (found first)")

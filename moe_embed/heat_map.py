@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed import page
+from moe_embed import fields, page
 
 LEVELS = 10  # shades on a side
 RIGHT = 10  # of the map, in the units of its viewBox
@@ -57,11 +57,11 @@ def heat_map(
     for r in range(0, num_rows, every):
         y = top + down * (r + 0.5) + 4
         parts.append(
-            f'<text class="name" x="{left - 6:.1f}" y="{y:.1f}" text-anchor="end">{page.text(page.cut(rows[r], int((left - 12) / 6)))}</text>'
+            f'<text class="name" x="{left - 6:.1f}" y="{y:.1f}" text-anchor="end">{page.text(fields.cut(rows[r], int((left - 12) / 6)))}</text>'
         )
     every = 1 if tilted else max(1, math.ceil((8 + 6.5 * max(map(len, columns))) / width))
     for c in range(0, num_columns, every):
-        x, name = left + width * (c + 0.5), page.text(page.cut(columns[c], 26))
+        x, name = left + width * (c + 0.5), page.text(fields.cut(columns[c], 26))
         turn = (
             f' transform="rotate(-48 {x:.1f} {top - 5:.1f})" text-anchor="start"' if tilted else ' text-anchor="middle"'
         )

@@ -134,7 +134,7 @@ class Model:
         if not 1 <= dim <= self.encoder.dim:
             raise UserError(f"dim={dim} is not between 1 and the model's {self.encoder.dim}.")
         if task is not None and task not in self.prompts:
-            raise UserError(f"{self.origin} has no prompt {task!r}; it has {', '.join(self.prompts)}, or None.")
+            raise UserError(f"{self.origin} has no prompt {task!r}; it has {', '.join(self.prompts) or 'none'}.")
         cap = self.encoder.max_seq_length if max_length is None else min(max_length, self.encoder.max_seq_length)
         if cap < 3:
             raise UserError(f"max_length={max_length} leaves no room for a text between <s> and </s>; give 3 or more.")

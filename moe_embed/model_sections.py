@@ -142,8 +142,8 @@ def _figures(query_ND: np.ndarray | None, x_ND: np.ndarray, alone_ND: np.ndarray
 
 
 def _histograms(run: Run, query_ND: np.ndarray, x_ND: np.ndarray) -> list[Line]:
-    """The cosines of pairs, and of each query with the document of the pair half the sample away."""
-    kinds = {"pairs": x_ND, "others": np.roll(x_ND, len(x_ND) // 2 or 1, axis=0)}
+    """The cosines of pairs, and of each query with the document of the pair half the sample away; one pair has no other."""
+    kinds = {"pairs": x_ND} | ({"others": np.roll(x_ND, len(x_ND) // 2, axis=0)} if len(x_ND) > 1 else {})
     cosines = {kind: np.clip((query_ND * other_ND).sum(1), -1, 1) for kind, other_ND in kinds.items()}
     edges = np.linspace(min(map(np.min, cosines.values())) - 1e-3, 1, BINS + 1)
     found = []
@@ -155,7 +155,7 @@ def _histograms(run: Run, query_ND: np.ndarray, x_ND: np.ndarray) -> list[Line]:
 
 
 def translations(asked: Sequence[Asked]) -> str:
-    """A matrix of cosines: sentences across, their translations down. A good model has a bright diagonal and nothing else."""
+    """A matrix of cosines: sentences down, their translations across. A good model has a bright diagonal and nothing else."""
     said, figures = "", []
     for a in asked:
         if a.no_model:

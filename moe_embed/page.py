@@ -10,6 +10,8 @@ import io
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 
+from moe_embed import fields
+
 # Okabe and Ito, "Color Universal Design" (2008), as in Wong, Nature Methods 8:441 (2011): told apart by the colour-blind. In this
 # order so that neighbours differ in lightness too. The blue and the vermilion are also the two sides of a heat map.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
@@ -85,7 +87,7 @@ for (const figure of document.querySelectorAll("figure[data-box]")) {
       said.push(names.length > 2 ? `${name} ${near[i + 1]}` : near[i + 1]);
     });
     out.textContent = said.join(" · ");
-    if (hair) { const px = left + width * (place - from) / (to - from || 1); hair.setAttribute("x1", px); hair.setAttribute("x2", px); hair.style.visibility = "visible"; }
+    if (hair) { const px = left + width * (to === from ? 0.5 : (place - from) / (to - from)); hair.setAttribute("x1", px); hair.setAttribute("x2", px); hair.style.visibility = "visible"; }
   });
   svg.addEventListener("pointerleave", () => { out.textContent = ""; if (hair) hair.style.visibility = "hidden"; });
 }
@@ -128,11 +130,14 @@ def figure(
 
 
 def as_link(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A CSV file as a data: link; numbers with six digits, None as an empty cell."""
+    """A CSV file as a data: link; numbers with six digits, None as an empty cell, a text in one line.
+
+    A lone carriage return in a name would end a row: the writer of Python 3.11 puts no quotes round it.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
+    writer.writerow(map(_in_csv, columns))
+    writer.writerows(map(_in_csv, row) for row in rows)
     return "data:text/csv;charset=utf-8," + urllib.parse.quote(file.getvalue(), safe=" ,.:;/()+-=@!*'$~[]")
 
 
@@ -166,9 +171,8 @@ def text(said: str) -> str:
     return html.escape(said)
 
 
-def cut(said: str, room: int) -> str:
-    """At most `room` letters, with an ellipsis for the rest."""
-    return said if len(said) <= room else said[: max(room - 1, 1)] + "…"
+def _in_csv(x):
+    return f"{x:.6g}" if isinstance(x, float) else fields.one_line(x) if isinstance(x, str) else x
 
 
 def _kind(x) -> str:

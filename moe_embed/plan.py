@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import math
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -51,12 +52,13 @@ def main(argv: Sequence[str]) -> None:
             )
     jax.config.update("jax_platforms", "cpu")  # nothing runs here, not even where there is an accelerator
     made = plan(config, topology, tokens_a_pair=arguments.tokens_per_pair)
-    print("\n".join(lines(made, title=f"{arguments.config} on {arguments.topology}")))
+    name = " ".join([arguments.config, *overrides])
+    print("\n".join(lines(made, title=f"{name} on {arguments.topology}")))
     if arguments.output is not None:
         picture = arguments.output.with_suffix(".svg")
-        title = f"{arguments.config} on {arguments.topology}: {made['verdict']}"
+        title = f"{name} on {arguments.topology}: {made['verdict']}"
         picture.write_text(bars.as_svg(made["hbm"]["bars"], limit=made["hbm"]["limit"], title=title), "utf-8")
-        arguments.output.write_text(json.dumps({"config": arguments.config} | made, indent=1) + "\n", "utf-8")
+        arguments.output.write_text(json.dumps({"config": name} | made, indent=1) + "\n", "utf-8")
         print(f"wrote {arguments.output} and {picture}")
 
 
@@ -228,7 +230,7 @@ def lines(made: dict, *, title: str) -> list[str]:
         else f"{step['items']:,} pairs of {step['tokens_per_pair']:,.0f} tokens (--tokens_per_pair)"
     )
     out = [
-        f"plan         {title}",
+        *textwrap.wrap(f"plan         {title}", 100, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False),
         f"mesh         {mesh}, {step['dtype']}; a chip: {chip['flops'] / 1e12:,.0f} TFLOP/s, {chip['bandwidth'] / 1e9:,.0f} GB/s "
         f"HBM, {chip['wires'] / 1e9:,.0f} GB/s wires",
         f"step         {what}",
@@ -246,9 +248,7 @@ def lines(made: dict, *, title: str) -> list[str]:
         counted = "NOT COUNTED" if call["flops"] is None else f"{call['flops']:.3e}, by arithmetic"
         out.append(f"  {name:<38}{call['calls']:>8,.0f} calls  {counted}")
     out.append(f"sent         by a device, {made['collectives_source']}: {sent['total'] / 1e9:,.2f} GB a step")
-    out += [
-        f"  {kind:<20}{size / 1e9:8.2f} GB" for kind, size in sent.items() if kind not in ("total", "source") and size
-    ]
+    out += [f"  {kind:<20}{size / 1e9:8.2f} GB" for kind, size in sent.items() if kind != "total" and size]
     mfu = {end: flops["model"] / (seconds[end] * chip["flops"]) for end in ("low", "high")}
     roofs = ", ".join(f"{name.removeprefix('roof_')} {value:.3g}" for name, value in seconds.items() if "roof" in name)
     out += [

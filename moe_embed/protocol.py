@@ -115,6 +115,12 @@ def exposition(counts: Counts, *, num_requests: int, num_waiting: int, errors: M
     say("errors_total", "counter", "Answers that are errors, by HTTP status, on any path.", by_code)
     say("queue_texts", "gauge", "Texts that wait.", {"": num_waiting})
     say("encode_seconds_total", "counter", "Seconds spent in encoding.", {"": counts.seconds})
+    say(
+        "failed_calls_total",
+        "counter",
+        "Calls of encode that failed; they are in no other figure.",
+        {"": counts.failed_calls},
+    )
     up_to = np.cumsum(counts.by_size).tolist()
     ends = [*(str(size) for size in SIZES), "+Inf"]
     values = {f'_bucket{{le="{end}"}}': count for end, count in zip(ends, up_to, strict=True)}

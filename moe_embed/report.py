@@ -6,7 +6,7 @@
     python -m moe_embed.report --workdir=runs/ablations/top1-seed0,runs/ablations/top1-seed1,runs/ablations/top2-seed0
 
 In the terminal: the loss, the held-out figures, and which experts read which language; several runs become a table of their last
-dev figures, runs that differ in -seedN alone in one row. The page has curves, experts over time and by language and source, how
+dev figures, runs whose paths differ in -seedN alone in one row. The page has curves, experts over time and by language and source, how
 the vectors lie, nDCG@10 by dimension and precision (--evaluation: outputs of evaluate, in the runs' order), a matrix of
 translations and a plan's memory; several runs are laid over each other. It is drawn with what is there, and says what is not.
 """
@@ -20,17 +20,16 @@ import numpy as np
 from moe_embed import (
     bucket,
     expert_maps,
-    metrics,
     model_sections,
     page,
     report_sections,
     results,
     retrieval_section,
-    run_texts,
     verb,
 )
 from moe_embed.config import UserError
-from moe_embed.load import Model, load
+from moe_embed.load import Model
+from moe_embed.report_sections import Run
 
 BARS = "▁▂▃▄▅▆▇█"
 SHADES = ((-0.25, "    "), (0.0, "  · "), (0.25, "  ░ "), (0.5, "  ▒ "), (1.0, "  ▓ "), (np.inf, "  █ "))
@@ -58,14 +57,17 @@ def main(argv: Sequence[str]) -> None:
         return
     if arguments.evaluation or arguments.plan:
         raise UserError("--evaluation and --plan are drawn in the page: name it with --output=report.html.")
-    if len(workdirs) != 1:
-        print(comparison(workdirs))
+    runs = report_sections.read_runs(workdirs)
+    if len(runs) != 1:
+        print(comparison(runs))
         return
-    (run,) = report_sections.read_runs(workdirs)
-    print(training(run.workdir))
-    texts = run_texts.read(run.config).languages if run.config.moe.num_experts else {}
-    if texts:
-        print(experts(load(run.workdir), texts))
+    print(training(runs[0]))
+    if runs[0].config.moe.num_experts:
+        asked = model_sections.ask(runs[0])
+        if missing := asked.no_model or asked.no_texts:
+            print(missing)
+        elif asked.texts.languages:
+            print(experts(asked.model, asked.texts.languages))
 
 
 def write_page(
@@ -103,37 +105,47 @@ def write_page(
     print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; open it in a browser.")
 
 
-def comparison(workdirs: Sequence[pathlib.Path]) -> str:
-    """A row for each group of runs, NAME-seed0, NAME-seed1, ...: the last dev nDCG@10 in %, mean, spread and each run's."""
-    groups: dict[str, list[float]] = {}
-    for workdir in workdirs:
-        rows = metrics.read(workdir / "evaluations.jsonl")
-        if not rows:
-            raise UserError(f"{workdir} has no evaluations; train it with config.data.dev and config.run.eval_every.")
-        groups.setdefault(re.sub(r"-seed[0-9]+$", "", workdir.name), []).append(100 * rows[-1]["ndcg"])
-    width = max(map(len, groups))
+def comparison(runs: Sequence[Run]) -> str:
+    """A row for each group of runs, PATH-seed0, PATH-seed1, ...: the last dev nDCG@10 in %, mean, spread and each run's.
+
+    A run without dev figures is a "-".
+    """
+    groups: dict[pathlib.Path, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(without_seed(report_sections.whole(run.workdir)), []).append(run)
+    given = [without_seed(group[0].workdir) for group in groups.values()]
+    names = report_sections.unique([path.name for path in groups], given)
+    width = max(map(len, names))
     lines = [f"{'run':<{width}}  dev nDCG@10   spread  each seed"]
-    for name, values in groups.items():
-        spread = f"{np.std(values, ddof=1):7.2f}" if len(values) > 1 else "      -"
-        lines.append(f"{name:<{width}}  {np.mean(values):11.1f}  {spread}  {', '.join(f'{v:.1f}' for v in values)}")
+    for name, group in zip(names, groups.values(), strict=True):
+        values = [100 * run.evaluations[-1]["ndcg"] for run in group if run.evaluations]
+        mean = f"{np.mean(values):.1f}" if values else "-"
+        spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "-"
+        each = ", ".join(f"{100 * run.evaluations[-1]['ndcg']:.1f}" if run.evaluations else "-" for run in group)
+        lines.append(f"{name:<{width}}  {mean:>11}  {spread:>7}  {each}")
     return "\n".join(lines) + "\n(spread: standard deviation over seeds)"
 
 
-def training(workdir: pathlib.Path) -> str:
+def without_seed(workdir: pathlib.Path) -> pathlib.Path:
+    """The path that the seeds of a run share."""
+    return workdir.parent / re.sub(r"-seed[0-9]+$", "", workdir.name)
+
+
+def training(run: Run) -> str:
     """Loss, accuracy and speed over the steps as sparklines, and the evaluations."""
-    rows = metrics.read(workdir / "metrics.jsonl")
-    if not rows:
-        return f"{workdir} has no metrics yet."
-    skipped = sum(not np.isfinite(row["loss"]) for row in rows)
-    lines = [f"{len(rows)} steps" + (f", {skipped} of them not finite" if skipped else "")]
+    if not run.rows:
+        return f"{run.workdir} has no metrics yet."
+    finite = [row for row in run.rows if np.isfinite(row["loss"])]
+    skipped = len(run.rows) - len(finite)
+    if not finite:
+        return f"{skipped} steps, and none of them finite."
+    lines = [f"{len(run.rows)} steps" + (f", {skipped} of them not finite" if skipped else "")]
     for name in ("loss", "accuracy", "tokens_per_second"):
-        values = np.array([row[name] for row in rows if np.isfinite(row["loss"])])
-        if not len(values):
-            return f"{len(rows)} steps, and none of them finite."
-        lines.append(f"{name:<18} {sparkline(values)} {values[0]:,.3f} -> {values[-1]:,.3f}")
-    evaluations = metrics.read(workdir / "evaluations.jsonl")
-    if evaluations:
-        values = np.array([row["ndcg"] for row in evaluations])
+        values = np.array([row[name] for row in finite if name in row])
+        if len(values):
+            lines.append(f"{name:<18} {sparkline(values)} {values[0]:,.3f} -> {values[-1]:,.3f}")
+    if run.evaluations:
+        values = np.array([row["ndcg"] for row in run.evaluations])
         lines.append(f"{'dev nDCG@10':<18} {sparkline(values)} {values[0]:.3f} -> {values[-1]:.3f}")
     return "\n".join(lines)
 
@@ -160,7 +172,7 @@ def experts(model: Model, texts: dict[str, list[str]]) -> str:
         mean_E = share[:, r].mean(0)
         ratio, information = expert_maps.against_mean(share[:, r])
         lines.append(f"\nmixture layer {r + 1}: expert x language (normalised mutual information {information:.2f})")
-        lines.append("      " + "".join(f"{lang:>4}" for lang in languages) + "   share of all")
+        lines.append("      " + "".join(f"{lang:>4}" for lang in languages) + "   mean of languages")
         for e in range(share.shape[2]):
             cells = "".join(next(shade for limit, shade in SHADES if value <= limit) for value in ratio[:, e])
             lines.append(f"  e{e:<3} {cells}   {mean_E[e]:6.1%}")

@@ -19,6 +19,7 @@ CURVES = {
     "loss": "loss", "accuracy": "accuracy", "learning_rate": "learning rate", "gradient_norm": "gradient norm",
     "tokens_per_second": "useful tokens/s",
 }  # fmt: skip
+NEEDED = {"metrics": ("loss",), "evaluations": ("ndcg",), "events": ("event", "time")}  # in every row of a file
 CELLS = 12_000  # of all maps of experts over time together; what a run has more is averaged
 
 
@@ -46,7 +47,7 @@ class Run:
 
 def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
     """The runs of the page. UserError for what is no run's workdir."""
-    runs = []
+    runs, names = [], unique([whole(workdir).name for workdir in workdirs], workdirs)
     for i, workdir in enumerate(workdirs):
         if not bucket.is_file(workdir / DESCRIPTION):
             raise UserError(f"{workdir} is no workdir: it has no {DESCRIPTION}; train writes one.")
@@ -55,10 +56,33 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
             raise UserError(
                 f"{workdir} is a model folder (import_hf, upcycle, soup), not a run: there is nothing to report."
             )
-        files = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "evaluations", "events"))
-        name = workdir.name if len({path.name for path in workdirs}) == len(workdirs) else str(workdir)
-        runs.append(Run(name, workdir, i, of_run, *files))
+        runs.append(Run(names[i], workdir, i, of_run, *(read_rows(workdir, kind) for kind in NEEDED)))
     return runs
+
+
+def read_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
+    """The rows of WORKDIR/KIND.jsonl. UserError for one that lacks what a page needs, or has a word where a number belongs."""
+    path = workdir / f"{kind}.jsonl"
+    rows = metrics.read(path)
+    fullest = max(rows, key=len, default={})
+    needed = {*NEEDED[kind], *(name for name in fullest if name.startswith("router_load/"))}
+    for row in rows:
+        missing = sorted(needed - row.keys())
+        wrong = [name for name, value in row.items() if not isinstance(value, str if name == "event" else int | float)]
+        if missing or wrong:
+            what = f"has no {missing[0]}" if missing else f"has {row[wrong[0]]!r:.40} as its {wrong[0]}"
+            raise UserError(f"{path}: the row of step {row['step']} {what}; mend or remove the file.")
+    return rows
+
+
+def whole(workdir: pathlib.Path) -> pathlib.Path:
+    """A path with a name of its own: "." has none."""
+    return workdir if bucket.is_remote(workdir) else workdir.resolve()
+
+
+def unique(names: Sequence[str], paths: Sequence[pathlib.Path]) -> list[str]:
+    """The names where they differ, else the paths as they were given."""
+    return list(names) if len(set(names)) == len(names) else list(map(str, paths))
 
 
 def glance(runs: Sequence[Run]) -> str:

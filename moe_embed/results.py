@@ -74,7 +74,11 @@ def read(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
                     raise ValueError("a task of an unknown model")
                 low, high = values["interval"] if "interval" in values else (0, 0)
                 of_queries = values["queries"].values() if "queries" in values else ()
-                numbers = (values["ndcg@10"], values["recall@10"], low, high, *of_queries)
+                dims, precisions = (values[key] if key in values else {} for key in ("dims", "precisions"))
+                if not all(int(dim) > 0 and str(int(dim)) == dim for dim in dims):
+                    raise ValueError("a dimension that is no whole number")
+                of_sizes = [size["ndcg@10"] for size in (*dims.values(), *precisions.values())]
+                numbers = (values["ndcg@10"], values["recall@10"], low, high, *of_queries, *of_sizes)
                 if not all(isinstance(number, int | float) for number in numbers):
                     raise ValueError("a figure that is no number")
         return results

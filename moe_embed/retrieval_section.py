@@ -1,6 +1,6 @@
 """The section of the HTML report on retrieval: dev nDCG@10 over the steps, and what evaluate measured of the finished models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -29,15 +29,27 @@ def quality(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
     figures = [charts.lines(series, title="dev nDCG@10", x_label="step")]
     if results:
         check_same_tasks(runs, results)
-        sized = [{"dims", "precisions"} & next(iter(tasks.values())).keys() for tasks in results]
+        sized = [[size for kind in ("dims", "precisions") for size in sizes(tasks, kind)] for tasks in results]
         figures += [by_size(runs, results) if any(sized) else "", by_task(runs, results)]
-        for run, of_run in zip(runs, sized, strict=True):
+        for run, of_run, tasks in zip(runs, sized, results, strict=True):
             if not of_run:
-                said += page.say(f"{run.name} was evaluated without --dims and --precisions.", missing=True)
+                some = any({"dims", "precisions"} & of_task.keys() for of_task in tasks.values())
+                what = (
+                    "with no --dims or --precisions that all its tasks have"
+                    if some
+                    else "without --dims and --precisions"
+                )
+                said += page.say(f"{run.name} was evaluated {what}.", missing=True)
     else:
         said += page.say("Matryoshka dimensions, int8 and binary vectors, test tasks: give evaluate's output as --evaluation=r.json.",
                          missing=True)  # fmt: skip
     return said + page.grid(figures)
+
+
+def sizes(tasks: Mapping[str, Mapping], kind: str) -> list[str]:
+    """The "dims" or "precisions" that all tasks have, in the first one's order: a mean of some would be another mean."""
+    first, *others = [of_task[kind] if kind in of_task else {} for of_task in tasks.values()]
+    return [size for size in first if all(size in of_task for of_task in others)]
 
 
 def check_same_tasks(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> None:
@@ -64,16 +76,16 @@ def by_size(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
     """nDCG@10, mean of all tasks, over the numbers of a vector; int8 and binary vectors as points. UserError for another model's."""
     series, color = [], len(runs)
     for run, tasks in zip(runs, results, strict=True):
-        whole, first = run.config.encoder.dim, next(iter(tasks.values()))
+        whole = run.config.encoder.dim
         mean = lambda pick, tasks=tasks: float(np.mean([pick(of_task)["ndcg@10"] for of_task in tasks.values()]))  # noqa: E731
-        cut = sorted(map(int, first["dims"])) if "dims" in first else []
+        cut = sorted(map(int, sizes(tasks, "dims")))
         if cut and cut[-1] > whole:
             raise UserError(
                 f"--evaluation of {run.name} has vectors of {cut[-1]} numbers, its model {whole}: it is another model's."
             )
         at = {dim: mean(lambda of, d=str(dim): of["dims"][d]) for dim in cut} | {whole: mean(lambda of: of)}
         series.append(run.line(f"{run.name}: float32", list(at), list(at.values()), points=True))
-        for precision in first["precisions"] if "precisions" in first else ():
+        for precision in sizes(tasks, "precisions"):
             value = mean(lambda of, p=precision: of["precisions"][p])
             series.append(run.line(f"{run.name}: {precision}", [whole], [value], color=color, points=True))
             color += 1

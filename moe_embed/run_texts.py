@@ -50,24 +50,27 @@ def read(config: Config) -> Sample:
     crossing: dict[str, dict[str, list[Pair]]] = {}
     paths = [path for name in config.data.sources for path in inputs.find(name)]
     names = short_names(paths)
-    for path in paths:
-        if config.loss.objective == "mlm":
-            _read_texts(path, names[path], config, languages=languages, of_source=of_source)
-            continue
-        for source in sources.read_sources(
-            path, query=config.data.query, document=config.data.document, max_bad_fraction=config.data.max_bad_fraction
-        ):
-            name = names[path] if source.path == path else source.path
-            some = source.take(spread(len(source), PAIRS // len(paths)))
-            pairs[name], of_source[name] = some, [pair.document for pair in some[:TEXTS]]
-            for lang, places in source.by_language().items():
-                chosen = source.take(places[spread(len(places), TEXTS)])
-                if lang and "-" not in lang:
-                    languages.setdefault(lang, []).extend(pair.document for pair in chosen)
-                elif lang:
-                    crossing.setdefault(name, {})[lang] = chosen
+    mlm = config.loss.objective == "mlm"
+    for path in paths if mlm else ():
+        _read_texts(path, names[path], config, languages=languages, of_source=of_source)
+    found = [] if mlm else [source for path in paths for source in _sources(path, config)]  # a path may hold many
+    for source in found:
+        name = names[source.path] if source.path in names else source.path
+        some = source.take(spread(len(source), PAIRS // len(found)))
+        pairs[name], of_source[name] = some, [some[i].document for i in spread(len(some), TEXTS)]
+        for lang, places in source.by_language().items():
+            chosen = source.take(places[spread(len(places), TEXTS)])
+            if lang and "-" not in lang:
+                languages.setdefault(lang, []).extend(pair.document for pair in chosen)
+            elif lang:
+                crossing.setdefault(name, {})[lang] = chosen
     languages = {lang: [texts[i] for i in spread(len(texts), TEXTS)] for lang, texts in sorted(languages.items())}
     return Sample(languages, of_source, pairs, _translations(crossing))
+
+
+def _sources(path: str, config: Config) -> list[sources.Source]:
+    data = config.data
+    return sources.read_sources(path, query=data.query, document=data.document, max_bad_fraction=data.max_bad_fraction)
 
 
 def _read_texts(path: str, name: str, config: Config, *, languages: dict, of_source: dict) -> None:

@@ -59,6 +59,10 @@ def check_workdir(config: Config, workdir: pathlib.Path, *, allow: Collection[st
 
     `allow` names parts of the data fingerprint that may change ("seed", "batch_size"), and with them their fields.
     """
+    if bucket.is_file(workdir / "config.json") and not bucket.is_file(workdir / DESCRIPTION):
+        raise UserError(
+            f"--workdir={workdir} is a Hugging Face folder; name another --workdir, and --init_from={workdir}."
+        )
     if not bucket.is_remote(workdir):
         _check_folder(workdir)
     if bucket.is_file(workdir / DESCRIPTION) and checkpoint.steps(workdir / "checkpoints"):

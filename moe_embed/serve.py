@@ -9,7 +9,8 @@ may send the header X-Task; without either --task counts. "prompt_tokens" is wha
 field is refused, "user" is ignored. GET /v1/models, /health (200 once the model is warm) and /metrics (Prometheus) are the rest.
 
 Requests that arrive while the model is busy are encoded together; nobody's vector depends on whose (batcher.py). There are no
-access tokens: it listens to this machine only, unless --host says otherwise. SIGTERM or ctrl-C end it when what was asked is answered.
+access tokens: it listens to this machine only, unless --host says otherwise. SIGTERM or ctrl-C end it when what was asked is answered,
+within 60 s: who has no answer shortly before they are over is told that the server is ending (503).
 """
 
 import argparse
@@ -34,7 +35,8 @@ from moe_embed.load import MIN_ROW, Model, load, power_of_two, rows_of_call
 from moe_embed.protocol import Refusal
 
 BETWEEN_LINES = 15  # seconds of warming up, where nobody sees a bar
-GRACE = 60  # seconds that answers under way have after SIGTERM
+GRACE = 60  # seconds after SIGTERM in which uvicorn lets answers go out; then it cuts connections, with a traceback for each
+LAST_WORD = 2  # of them, for the 503 of who would be cut off
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,7 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(model: Model, listener: socket.socket, *, flags: argparse.Namespace, name: str) -> None:
-    """Warm up, answer until SIGTERM or ctrl-C, and end when what was asked is answered."""
+    """Warm up, answer until SIGTERM or ctrl-C, and end when what was asked is answered, or refused after GRACE - LAST_WORD."""
     import uvicorn
 
     host = f"[{flags.host}]" if ":" in flags.host else flags.host
@@ -98,9 +100,17 @@ def serve(model: Model, listener: socket.socket, *, flags: argparse.Namespace, n
     @contextlib.asynccontextmanager
     async def lifespan(_):
         warming = asyncio.create_task(asyncio.to_thread(warm))
+        refusing = asyncio.create_task(refuse_late())
         yield
+        refusing.cancel()
         ending.set()
         await warming
+
+    async def refuse_late() -> None:
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(GRACE - LAST_WORD)
+        batcher.give_up()
 
     batcher = Batcher(encoder(model), max_batch=flags.max_batch, max_queue=flags.max_queue)
     try:

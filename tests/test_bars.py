@@ -24,6 +24,8 @@ def test_what_does_not_fit_stands_beyond_the_limit():
 
 
 def test_the_picture_is_xml_with_a_rectangle_a_part():
+    assert 'font-size="15">short<' in bars.as_svg(PARTS, limit=4.0 * GIB, title="short")
+    assert 'font-size="6.8">' in bars.as_svg(PARTS, limit=4.0 * GIB, title="x" * 200)  # else its end would not be seen
     svg = bars.as_svg(PARTS, limit=4.0 * GIB, title="a < b & c")
     tree = ElementTree.fromstring(svg)
     space = "{http://www.w3.org/2000/svg}"

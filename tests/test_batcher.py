@@ -113,6 +113,21 @@ def test_a_call_that_fails_fails_its_own_and_no_other(batcher, gate):
     assert (batcher.counts.failed_calls, batcher.counts.calls) == (1, 2)
 
 
+def test_who_gives_up_waits_for_nothing(gate):
+    batcher = Batcher(gate, max_batch=4, max_queue=12)
+    first = busy(batcher, gate)
+    waiting = batcher.submit(["1"], key="a")
+    batcher.give_up()  # the call still runs
+    for answer in (first, waiting):
+        with pytest.raises(Closed):
+            answer.result(0)
+    with pytest.raises(Closed):
+        batcher.submit(["2"], key="a")
+    let(gate, calls=1)
+    batcher.close()
+    assert gate.calls == [(["0"], "a")]
+
+
 def test_the_end_finishes_the_call_under_way_and_tells_those_who_wait(gate):
     batcher = Batcher(gate, max_batch=4, max_queue=12)
     first = busy(batcher, gate)

@@ -1,5 +1,6 @@
 """Curves and bars: where a point lies, what a long curve keeps, and which numbers the link has."""
 
+import itertools
 import re
 
 import numpy as np
@@ -94,14 +95,38 @@ def test_a_long_curve_is_a_mean_in_a_band():
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 0), (-3.2, 7), (1e-6, 2e-6), (5, 5), (0, 1e9), (0.99, 1.0), (-5, -5), (1e-300, 2.0)]
+    ("low", "high"),
+    [
+        (0, 0),
+        (-3.2, 7),
+        (1e-6, 2e-6),
+        (5, 5),
+        (0, 1e9),
+        (0.99, 1.0),
+        (-5, -5),
+        (1e-300, 2.0),
+        (0, 3e-13),
+        (1e-20, 1e-20),
+        (2e-300, 9e-300),
+    ],
 )
 def test_ticks_span_the_values(low, high):
     found = charts.ticks(low, high)
     assert found[0] <= low + 1e-9 * abs(low)
+    assert len({round((b - a) / (found[1] - found[0]), 6) for a, b in itertools.pairwise(found)}) == 1
     assert found[-1] >= high - 1e-9 * abs(high)
     assert 2 <= len(found) <= 8
     assert found == sorted(set(found))
+
+
+def test_a_tiny_curve_and_a_run_of_one_step_are_drawn():
+    made = charts.lines([Line("a", [0, 1], [1e-14, 3e-14])], title="t", x_label="step")
+    assert len({point.split(",")[1] for point in attributes(made, "polyline")[0]["points"].split()}) == 2
+    made = charts.lines([Line("a", [7], [0.3])], title="t", x_label="step")
+    (point,) = attributes(made, "circle")
+    labels = [attrs["x"] for attrs in attributes(made, "text") if attrs["text-anchor"] == "middle"]
+    assert labels == [point["cx"]]
+    assert ">7</text>" in made
 
 
 def test_powers_of_two_are_as_far_apart():

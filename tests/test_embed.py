@@ -113,6 +113,15 @@ def test_search_finds_the_same_text(workdir, capsys):
     assert "1.000 表を挿入" in capsys.readouterr().out
 
 
+def test_a_text_without_spaces_is_cut_and_not_dropped(workdir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "ページの余白を変更するには書式メニューを開きます。" * 4
+    embed.search(embed.load(workdir), [text], ["余白"], top_k=1)
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert text[:20] in shown
+    assert (len(shown), shown[-1]) == (40, "…")
+
+
 def test_queries_that_are_no_utf_8_are_a_sentence(monkeypatch):
     for data, found in ((b"a\nb\n\n", ["a", "b"]), (b"\xff\n", None)):
         with io.TextIOWrapper(io.BytesIO(data), "utf-8") as stream:
@@ -126,7 +135,13 @@ def test_queries_that_are_no_utf_8_are_a_sentence(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [((), "--output"), (("--output=e.npy",), "--input"), (("--search=none.jsonl",), "none.jsonl does not exist")],
+    [
+        ((), "--output"),
+        (("--output=e.npy",), "--input"),
+        (("--search=none.jsonl",), "none.jsonl does not exist"),
+        (("--search=none.jsonl", "--task=query"), "--task and --dtype are for --output"),
+        (("--search=none.jsonl", "--dtype=float32"), "--task and --dtype are for --output"),
+    ],
 )
 def test_faults_exit_2(arguments, words, tmp_path):
     done = subprocess.run([sys.executable, "-m", "moe_embed.embed", f"--model={tmp_path}", *arguments],

@@ -24,6 +24,17 @@ def built(**values):
     return fields.build(Section, values, "s", faults, choices=CHOICES), faults
 
 
+@pytest.mark.parametrize(
+    ("said", "room", "cut"), [("abcdef", 6, "abcdef"), ("abcdefg", 6, "abcde…"), ("表を挿入", 3, "表を…")]
+)
+def test_a_cut_is_by_letters(said, room, cut):
+    assert fields.cut(said, room) == cut
+
+
+def test_words_in_one_line():
+    assert fields.one_line(" a\r\nb\rc\u2028d ") == "a b c d"
+
+
 def test_one_is_no_plural():
     assert [fields.count(n, "pair") for n in (0, 1, 2, 1_200)] == ["0 pairs", "1 pair", "2 pairs", "1,200 pairs"]
     assert [fields.count(n, "query", "queries") for n in (1, 2)] == ["1 query", "2 queries"]

@@ -208,6 +208,8 @@ def test_the_summary_by_hand():
     assert "0.123  because" in shown
     assert "0.500  so  (found first)" in shown
     assert max(map(len, shown.splitlines())) <= 120
+    japanese = pairs_lib.Pair("表を挿入するには" * 20, "because")
+    assert "dropped: 表を挿入するには表を" in filter_lib.summary(counts, [filter_lib.Dropped(japanese, 0.1, "so", 0.5)])
 
 
 def test_eight_devices_judge_as_one(tmp_path, monkeypatch, eight_devices):

@@ -288,6 +288,39 @@ def test_what_the_job_refuses(host, arguments, more, words):
     assert words in done.stderr
 
 
+VENV_PYTHON = """\
+#!/usr/bin/env bash
+case "$*" in *sys.exit*|*sys.version_info*) echo {version}; exit ;; esac
+echo "{name} $*" >> "$STAND_INS/calls"
+if [[ "$*" = *--clear* ]]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "made"), [({}, False), ({"PYTHON": "python3"}, True), ({"PYTHON": "python3.12"}, False)]
+)
+def test_a_venv_of_another_python_stays_unless_one_is_named(tmp_path, environment, made):
+    for name in ("launch", "tests", "path", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(ROOT / "launch/venv.sh", tmp_path / "launch")
+    for name in ("requirements.txt", "pyproject.toml", "tests/constraints.txt"):
+        (tmp_path / name).touch()
+    for path, version in (("path/python3", "3.11"), ("path/python3.12", "3.12"), (".venv/bin/python", "3.12")):
+        (tmp_path / path).write_text(VENV_PYTHON.format(version=version, name=path))
+        (tmp_path / path).chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHON"} | {
+        "PATH": f"{tmp_path / 'path'}:{os.environ['PATH']}", "STAND_INS": str(tmp_path),
+    } | environment  # fmt: skip
+    command = ["bash", "-c", "source launch/venv.sh; ready_venv test"]
+    subprocess.run(command, cwd=tmp_path, env=environ, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert any("--clear" in call for call in calls) == made
+    assert "pip install" in calls[-1]
+    assert (tmp_path / ".venv/stamp-test").read_text().startswith("3.11 " if made else "3.12 ")
+    subprocess.run(command, cwd=tmp_path, env=environ, check=True)  # the stamp is right: there is nothing to do
+    assert (tmp_path / "calls").read_text().splitlines() == calls
+
+
 def shellcheck(*paths: pathlib.Path) -> str:
     program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, 'shellcheck is of the test requirements: pip install -e ".[test]"'

@@ -61,6 +61,8 @@ def test_prompt_dim_and_length(model):
     long = ["word " * 400]
     np.testing.assert_allclose(model.encode(long, max_length=10_000), model.encode(long), atol=1e-6)
     assert model.options(None, None, 10_000) == ("", 32, model.encoder.max_seq_length)
+    with pytest.raises(UserError, match=r"has no prompt 'query'; it has none\."):
+        dataclasses.replace(model, prompts={}).options("query", None, None)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -57,6 +57,14 @@ def test_how_vectors_lie(asked):
     assert len(spectrum) == 17
 
 
+def test_one_pair_has_no_others(asked):
+    vector_ND = np.eye(1, 4)
+    assert [line.name for line in model_sections._histograms(asked.run, vector_ND, vector_ND)] == ["run: pairs"]
+    two_ND = np.eye(2, 4)
+    names = [line.name for line in model_sections._histograms(asked.run, two_ND, two_ND)]
+    assert names == ["run: pairs", "run: others"]
+
+
 def test_a_matrix_of_translations(asked):
     made = model_sections.translations([asked])
     (table,) = links(made)

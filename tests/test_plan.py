@@ -47,7 +47,9 @@ def test_more_tokens_are_more_of_everything_but_parameters():
 def test_lines_for_a_person_fit_a_hundred_columns():
     for spec, name in (("paper", "8xH100"), ("paper", "h100-16")):
         c = config_lib.load(f"configs/nomic_v2/pretrain.py:{spec}", [plan.UNREAD])
-        lines = plan.lines(plan.plan(c, topology.find(name)), title=f"{spec} on {name}")
+        lines = plan.lines(
+            plan.plan(c, topology.find(name)), title=" ".join([spec, *["--config.data.rows=16"] * 9, name])
+        )
         assert max(map(len, lines)) <= 100, max(lines, key=len)
         assert "nothing was run" in lines[-1]
     masked = config_lib.load("configs/nomic_v2/mlm.py:paper", [plan.UNREAD])
@@ -122,13 +124,16 @@ def test_a_step_that_does_not_fit_a_gpu(monkeypatch):
 def test_main_writes_json_and_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jax.config.update", lambda name, value: None)  # the tests' own choice of platform stays
     output = tmp_path / "plan.json"
-    plan.main([f"--config={PAPER}", "--topology=8xH100", f"--output={output}", "--tokens_per_pair=200"])
+    rows = "--config.data.rows=16"
+    plan.main([f"--config={PAPER}", "--topology=8xH100", f"--output={output}", "--tokens_per_pair=200", rows])
     made = json.loads(output.read_text())
-    assert made["config"] == PAPER
+    assert made["config"] == f"{PAPER} {rows}"
     assert made["step"]["tokens_per_pair"] == 200
     assert {"parameters", "flops", "hbm", "collectives", "step_seconds", "fits"} <= set(made)
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+    assert f"{PAPER} {rows} on 8xH100: fits" in (tmp_path / "plan.svg").read_text()
     said = capsys.readouterr().out
+    assert said.startswith(f"plan         {PAPER} {rows} on 8xH100\n")
     assert "verdict      fits" in said
     assert f"wrote {output}" in said
 

@@ -103,13 +103,13 @@ def test_an_answer_is_openais_and_exact_in_both_forms():
 
 
 def test_the_counters_are_prometheus_text():
-    counts = Counts(texts=7, tokens=70, calls=2, seconds=0.5)
+    counts = Counts(texts=7, tokens=70, calls=2, failed_calls=3, seconds=0.5)
     counts.by_size[0] = counts.by_size[3] = 1
     text = protocol.exposition(counts, num_requests=5, num_waiting=4, errors={503: 1, 400: 2})
     lines = text.splitlines()
     for line in ("moe_embed_requests_total 5", "moe_embed_texts_total 7", "moe_embed_tokens_total 70",
                  'moe_embed_errors_total{code="400"} 2', 'moe_embed_errors_total{code="503"} 1',
-                 "moe_embed_queue_texts 4", "moe_embed_encode_seconds_total 0.5", "moe_embed_encode_texts_count 2",
+                 "moe_embed_failed_calls_total 3", "moe_embed_queue_texts 4", "moe_embed_encode_seconds_total 0.5", "moe_embed_encode_texts_count 2",
                  'moe_embed_encode_texts_bucket{le="4"} 1', 'moe_embed_encode_texts_bucket{le="8"} 2',
                  'moe_embed_encode_texts_bucket{le="+Inf"} 2', "moe_embed_encode_texts_sum 7"):  # fmt: skip
         assert line in lines

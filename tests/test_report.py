@@ -1,8 +1,9 @@
 """A run at a glance: sparklines and the picture of the experts, by hand and for a real tiny model."""
 
-import json
+import math
 import pathlib
 import re
+import shutil
 import types
 
 import jax
@@ -15,6 +16,7 @@ from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model
 from moe_embed.model import encoder as encoder_lib
+from moe_embed.report_sections import Run
 from tests import written_runs
 from tests.test_page import Read, read_link
 
@@ -31,16 +33,22 @@ def test_sparkline_by_hand():
     assert len(report.sparkline(np.arange(61.0))) == report.WIDTH == 60
 
 
+def run_of(workdir: pathlib.Path, *, rows=(), evaluations=()) -> Run:
+    return Run(workdir.name, workdir, 0, None, list(rows), list(evaluations), [])
+
+
 def test_training(tmp_path):
-    assert report.training(tmp_path) == f"{tmp_path} has no metrics yet."
+    assert report.training(run_of(tmp_path)) == f"{tmp_path} has no metrics yet."
     rows = [{"step": i, "loss": 4.0 - i, "accuracy": i / 4, "tokens_per_second": 1000.0} for i in range(4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = report.training(tmp_path).splitlines()
+    lines = report.training(run_of(tmp_path, rows=rows)).splitlines()
     assert lines[0] == "4 steps"
     assert [line.split()[0] for line in lines[1:]] == ["loss", "accuracy", "tokens_per_second"]
     assert lines[1].endswith("█▅▃▁ 4.000 -> 1.000")
-    (tmp_path / "evaluations.jsonl").write_text('{"step": 2, "ndcg": 0.25}\n{"step": 4, "ndcg": 0.5}\n')
-    assert report.training(tmp_path).splitlines()[4].endswith("▁█ 0.250 -> 0.500")
+    evaluations = [{"step": 2, "ndcg": 0.25}, {"step": 4, "ndcg": 0.5}]
+    said = report.training(run_of(tmp_path, rows=rows, evaluations=evaluations))
+    assert said.splitlines()[4].endswith("▁█ 0.250 -> 0.500")
+    rows = [{"step": i, "loss": math.nan} for i in range(3)]
+    assert report.training(run_of(tmp_path, rows=rows)) == "3 steps, and none of them finite."
 
 
 def test_experts_by_hand():
@@ -51,7 +59,7 @@ def test_experts_by_hand():
     lines = report.experts(model, {"de": ["de"], "ja": ["ja"]}).splitlines()
     assert lines[1].startswith("mixture layer 1:")
     assert "normalised mutual information 0.19" in lines[1]  # 3/4 log2(3/2) + 1/4 log2(1/2) = 0.189, over one bit
-    assert lines[2].split() == ["de", "ja", "share", "of", "all"]
+    assert lines[2].split() == ["de", "ja", "mean", "of", "languages"]
     assert lines[3].split() == ["e0", "▓", "50.0%"]  # log2(3/2) = 0.58; log2(1/2) = -1 stays blank
     assert lines[4].split() == ["e1", "▓", "50.0%"]
     assert lines[3].index("▓") < lines[4].index("▓")
@@ -85,17 +93,38 @@ def test_a_folder_that_is_no_workdir(tmp_path):
 
 
 def test_several_runs_become_a_table_by_group(tmp_path):
-    for name, ndcg in (("a-seed0", 0.5), ("a-seed1", 0.52), ("b-seed0", 0.4)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluations.jsonl").write_text(
-            f'{{"step": 0, "ndcg": 0.1}}\n{{"step": 9, "ndcg": {ndcg}}}\n'
-        )
-    lines = report.comparison([tmp_path / name for name in ("a-seed0", "a-seed1", "b-seed0")]).splitlines()
+    dev = lambda ndcg: [{"step": 0, "ndcg": 0.1}, {"step": 9, "ndcg": ndcg}]  # noqa: E731
+    figures = {"a-seed0": dev(0.5), "a-seed1": dev(0.52), "b-seed0": dev(0.4), "c": [], "a-seed2": []}
+    runs = [run_of(tmp_path / name, evaluations=of_run) for name, of_run in figures.items()]
+    lines = report.comparison(runs[:3]).splitlines()
     assert lines[1].split() == ["a", "51.0", "1.41", "50.0,", "52.0"]
     assert lines[2].split() == ["b", "40.0", "-", "40.0"]
-    (tmp_path / "c").mkdir()
-    with pytest.raises(UserError, match="has no evaluations"):
-        report.comparison([tmp_path / "c", tmp_path / "a-seed0"])
+    lines = report.comparison(runs).splitlines()
+    assert lines[1].split() == ["a", "51.0", "1.41", "50.0,", "52.0,", "-"]
+    assert lines[3].split() == ["c", "-", "-", "-"]  # without dev figures
+
+
+def test_runs_of_two_folders_are_no_seeds_of_each_other(tmp_path, monkeypatch):
+    dev = [{"step": 0, "ndcg": 0.5}]
+    monkeypatch.chdir(tmp_path)
+    names = ("runs/x/demo-seed0", "runs/x/demo-seed1", "runs/y/demo-seed0")
+    lines = report.comparison([run_of(pathlib.Path(name), evaluations=dev) for name in names]).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["runs/x/demo", "runs/y/demo"]
+    assert lines[1].split()[-2:] == ["50.0,", "50.0"]
+
+
+def test_a_run_before_its_first_checkpoint_is_drawn_and_what_is_missing_said(tmp_path, capsys):
+    written_runs.write(tmp_path / "run", steps=3)
+    report.main([f"--workdir={tmp_path / 'run'}"])
+    assert "mixture layer 1: expert x language" in capsys.readouterr().out
+    (tmp_path / "run/one.jsonl").unlink()
+    report.main([f"--workdir={tmp_path / 'run'}"])
+    assert "The data of run cannot be read" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    report.main([f"--workdir={tmp_path / 'run'}"])
+    said = capsys.readouterr().out
+    assert said.startswith("3 steps\nloss ")
+    assert "The model of run cannot be opened" in said
 
 
 SECTIONS = ("glance", "training", "routers", "maps", "vectors", "quality", "translations", "memory")

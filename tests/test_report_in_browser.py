@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moe_embed import report
+from moe_embed import charts, page, report
 from tests import browser, written_runs
 from tests.test_report import SECTIONS
 
@@ -68,9 +68,28 @@ def test_every_section_is_drawn_and_answers_the_pointer(tmp_path):
         assert outside == ""
     said = {title: (left, right) for title, left, right, _ in found["said"]}
     assert said["accuracy"] == ("step 0 · one 0 · two & <b> 0", "step 49 · one 0.98 · two & <b> 0.98")
-    assert said["one: sentences and their translations"][0].startswith("de-en  Seite")
+    assert said["one: sentences and their translations"][0].startswith("de-en Seite")
     _, console = look(tmp_path, broken='<script>document.querySelector("gone").id</script>')
     assert "Cannot read properties of null" in console[0]  # an error is heard
+
+
+HAIR = """
+<script>
+const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + box.height / 3}));
+document.body.innerHTML = ["hair x1", "circle cx"].map(name => name.split(" ")).map(([what, x]) =>
+  `<p>${Number(svg.querySelector(what === "hair" ? "line.hair" : what).getAttribute(x)).toFixed(1)}</p>`).join("");
+</script>
+"""
+
+
+def test_the_line_under_the_pointer_of_a_run_of_one_step_is_at_its_point(tmp_path):
+    figure = charts.lines([charts.Line("a", [7], [0.3])], title="t", x_label="step")
+    text = page.document(title="t", lead="", sections={"a": ("a", figure)})
+    (tmp_path / "one.html").write_text(text.replace("</body>", f"{HAIR}</body>"), "utf-8")
+    dom, console = browser.opened(tmp_path / "one.html", tmp_path)
+    hair, point = re.findall(r"<p>([0-9.]+)</p>", dom)
+    assert (hair, console) == (point, [])
 
 
 def test_dark_and_narrow(tmp_path):

@@ -1,6 +1,7 @@
 """What a run wrote down, as sections: goodput and marks by hand, and sentences where there is nothing to draw."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -92,6 +93,38 @@ def test_the_plans_bars(tmp_path):
 def test_what_is_no_run(tmp_path):
     with pytest.raises(UserError, match=r"is no workdir: it has no workdir\.json"):
         report_sections.read_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "sentence"),
+    [
+        ("metrics", {"step": 12}, r"metrics\.jsonl: the row of step 12 has no loss; mend or remove the file"),
+        ("metrics", {"step": 3, "loss": "high"}, r"the row of step 3 has 'high' as its loss"),
+        ("metrics", {"step": 3, "loss": 1.0, "tokens_per_second": None}, r"has None as its tokens_per_second"),
+        ("evaluations", {"step": 5, "ndcg/a": 0.1}, r"evaluations\.jsonl: the row of step 5 has no ndcg"),
+        ("events", {"step": 5, "time": 1.0}, r"events\.jsonl: the row of step 5 has no event"),
+        ("events", {"step": 5, "event": "save"}, r"has no time"),
+        ("events", {"step": 5, "event": 7, "time": 1.0}, r"has 7 as its event"),
+    ],
+)
+def test_a_damaged_row_is_named(tmp_path, file, row, sentence):
+    (tmp_path / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=sentence):
+        report_sections.read_rows(tmp_path, file)
+
+
+def test_a_row_that_lacks_an_expert_is_named(tmp_path):
+    rows = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 1.0, "router_load/0/0": 1.0, "router_load/0/1": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="the row of step 0 has no router_load/0/0"):
+        report_sections.read_rows(tmp_path, "metrics")
+
+
+def test_a_run_by_a_dot_has_its_folders_name(tmp_path, monkeypatch):
+    written_runs.write(tmp_path / "mine", steps=2)
+    monkeypatch.chdir(tmp_path / "mine")
+    (run,) = report_sections.read_runs([pathlib.Path()])
+    assert run.name == "mine"
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path):

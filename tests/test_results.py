@@ -99,6 +99,12 @@ def test_facts_are_read_back_and_said(tmp_path):
         {"t": {"ndcg@10": 0.5}},
         {"t": FIGURES | {"ndcg@10": "high"}},
         {"t": FIGURES | {"interval": [0.1]}},
+        {"t": FIGURES | {"dims": {"half": FIGURES}}},
+        {"t": FIGURES | {"dims": {"-8": FIGURES}}},
+        {"t": FIGURES | {"dims": {"8": {}}}},
+        {"t": FIGURES | {"dims": [8]}},
+        {"t": FIGURES | {"precisions": {"int8": 0.5}}},
+        {"t": FIGURES | {"precisions": {"int8": {"ndcg@10": "high"}}}},
     ],
 )
 def test_what_is_no_output_is_said(value, tmp_path):

@@ -43,6 +43,17 @@ def test_sizes_are_means_over_tasks(runs, tmp_path):
     assert links(retrieval_section.by_size(runs[:1], [result]))[0][2] == ["8", "0.45", "", ""]
 
 
+def test_only_the_sizes_of_all_tasks_are_drawn(runs, tmp_path):
+    result = read(tmp_path)
+    del result["xling-b & c"]["dims"]["4"], result["xling-b & c"]["precisions"]
+    (table,) = links(retrieval_section.by_size(runs[:1], [result]))
+    assert table == [["numbers of a vector", "a: float32"], ["8", "0.4"], ["16", "0.375"]]
+    del result["xling-b & c"]["dims"]
+    made = retrieval_section.quality(runs[:1], [result])
+    assert "a was evaluated with no --dims or --precisions that all its tasks have." in made
+    assert "nDCG@10 by dimension" not in made
+
+
 def test_tasks_of_two_runs(runs, tmp_path):
     (table,) = links(retrieval_section.by_task(runs, [read(tmp_path), read(tmp_path)]))
     assert table[0][:3] == ["", "a", "b"]

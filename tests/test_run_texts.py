@@ -27,7 +27,29 @@ def test_languages_and_translations(tmp_path, monkeypatch):
     assert list(sample.languages.items()) == [("de", ["a", "c"]), ("ru", ["r"])]  # the first and the last of three
     assert [pair.document for pair in sample.translations] == ["x"]
     assert [pair.document for pair in sample.pairs["p"]] == [text for _, text in rows]
-    assert sample.sources == {"p": ["r", "a"]}
+    assert sample.sources == {"p": ["r", "c"]}
+
+
+def test_texts_of_a_source_that_is_sorted_by_language_are_of_all_its_languages(tmp_path):
+    rows = [{"q": "q", "d": f"{lang} {i}", "lang": lang} for lang in ("de", "en", "ru") for i in range(400)]
+    lines(tmp_path / "p.jsonl", rows)
+    (texts,) = run_texts.read(config_of(tmp_path / "p.jsonl")).sources.values()
+    assert len(texts) == run_texts.TEXTS
+    for lang in ("de", "en", "ru"):
+        assert sum(text.startswith(lang) for text in texts) == pytest.approx(run_texts.TEXTS / 3, abs=2)
+
+
+def test_the_sources_of_a_folder_share_the_pairs(tmp_path, monkeypatch):
+    """A path may hold several: `prepare` makes a folder of them."""
+    monkeypatch.setattr(run_texts, "PAIRS", 12)
+    parts = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for part in parts:
+        lines(part, [{"q": "q", "d": f"{part.stem} {i}"} for i in range(20)])
+    one = run_texts.sources.read_source
+    several = lambda path, **options: [one(str(part), **options) for part in parts]  # noqa: E731
+    monkeypatch.setattr(run_texts.sources, "read_sources", several)
+    sample = run_texts.read(config_of(tmp_path / "a.jsonl"))
+    assert [len(some) for some in sample.pairs.values()] == [4, 4, 4]
 
 
 def test_texts_of_masked_language_modelling(tmp_path):

@@ -1,6 +1,7 @@
 """What a run may not say otherwise (the whole loop: test_train.py)."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -70,6 +71,17 @@ def test_a_workdir_is_made_and_a_file_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         same_run.check_workdir(tiny.config(), tmp_path / "file")
+
+
+def test_a_hugging_face_folder_is_no_workdir(tmp_path):
+    """Training inside it would leave a folder that is both; a run that holds such a file beside its own is one."""
+    (tmp_path / "config.json").write_text("{}")
+    said = f"--workdir={tmp_path} is a Hugging Face folder; name another --workdir, and --init_from={tmp_path}."
+    with pytest.raises(UserError, match=re.escape(said)):
+        same_run.check_workdir(tiny.config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "workdir.json").write_text("{}")
+    same_run.check_workdir(tiny.config(), tmp_path)
 
 
 def test_what_may_change_by_name_is_no_other_config(tmp_path):

@@ -120,9 +120,9 @@ def folder(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def started(folder, *flags, until_line="serving"):
+def started(folder, *flags, until_line="serving", command=("-m", "moe_embed.serve")):
     """(process, its URL) of a server that has said `until_line`."""
-    command = [sys.executable, "-m", "moe_embed.serve", f"--model={folder}", "--port=0", "--max_batch=16", *flags]
+    command = [sys.executable, *command, f"--model={folder}", "--port=0", "--max_batch=16", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         said = []
         try:
@@ -247,6 +247,34 @@ def test_sigterm_answers_what_was_asked_and_exits_0(folder, model):
         assert process.stdout.read() == ""
         with pytest.raises(urllib.error.URLError):
             ask(where, path="/health")
+
+
+SLOW = """
+import sys, time
+import numpy as np
+from moe_embed import serve, verb
+def slow(texts, key):
+    print("encoding", flush=True)
+    time.sleep(6)
+    return np.ones((len(texts), 4), np.float32), np.ones(len(texts), int)
+serve.encoder, serve.GRACE, serve.LAST_WORD = lambda model: slow, 2.0, 1.0
+verb.run(serve.main)
+"""
+
+
+@pytest.mark.serve
+def test_who_would_be_cut_off_is_told_that_the_server_ends(folder):
+    command = ("-c", SLOW)
+    with started(folder, command=command) as (process, where), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, where, {"input": "a"})]
+        assert process.stdout.readline() == "encoding\n"
+        asked.append(pool.submit(ask, where, {"input": "b"}))  # waits for its turn
+        until(lambda: "moe_embed_queue_texts 1" in ask(where, path="/metrics")[1])
+        process.send_signal(signal.SIGTERM)
+        for status, answer in (one.result(5) for one in asked):
+            assert (status, answer["error"]["code"]) == (503, "ending")
+        assert process.wait(30) == 0
+        assert process.stdout.read() == ""  # no traceback
 
 
 @pytest.mark.serve
