@@ -2,6 +2,7 @@
 
     python -m tests.bench.cpu --output=bench.md        about ten minutes on two quiet cores
     python -m tests.bench.cpu --quick                  a toy, under a minute: does it run
+    python -m tests.bench.cpu --only=encode --texts=2000
 
 Four layers of the full model (dim 768, 8 experts, top-2, every second layer a mixture), random weights written by our own
 exporter. Peers: (a) a loop over the experts in torch, as the released code has one; (b) the torch file that our exports
@@ -73,7 +74,7 @@ def encoding(folder: pathlib.Path, peers: Peers, size: Size) -> tuple[list[Row],
     seconds = ratios.interleaved(sides, rounds=size.rounds)
     rate = {name: size.texts / float(np.median(times)) for name, times in seconds.items()}
     bars = {"(b) torch file": "at least 1.2x", "(a) expert loop": "goal 3x"}
-    rows = [Row("encode, batch 32", name, rate[name], rate["ours"], "texts/s",
+    rows = [Row(f"encode, {size.texts:,} texts, batch 32", name, rate[name], rate["ours"], "texts/s",
                 ratios.ratio(seconds[name], seconds["ours"]), bars[name] if name in bars else "")
             for name in sides if name != "ours"]  # fmt: skip
 
@@ -236,6 +237,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="at toy size: does it run, not how fast")
     parser.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", help="turns of each side (3)")
+    parser.add_argument("--texts", type=int, choices=range(2, 10_001), metavar="N", help="encoded in a round (256)")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated: all of %(default)s")
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file for the table")
     arguments = parser.parse_args(argv)
@@ -248,7 +250,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.output is not None:
         verb.check_output(arguments.output, "--output")
     size = workloads.QUICK if arguments.quick else workloads.FULL
-    size = size if arguments.rounds is None else dataclasses.replace(size, rounds=arguments.rounds)
+    given = {"rounds": arguments.rounds, "texts": arguments.texts}
+    size = dataclasses.replace(size, **{name: value for name, value in given.items() if value is not None})
     os.environ["NPROC"] = str(ratios.threads())  # what XLA's CPU client starts, read when it is made
     facts = ratios.machine(", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
     logging.getLogger("transformers").setLevel(logging.ERROR)
