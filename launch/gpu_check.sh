@@ -11,7 +11,7 @@ output=${OUTPUT:-runs/gpu}
 start=$SECONDS
 mkdir -p "$output"
 
-if ! nvidia-smi -L 2> /dev/null | grep -q GPU; then # also where there is no nvidia-smi
+if ! grep -q GPU <<< "$(nvidia-smi -L 2> /dev/null)"; then # also where there is no nvidia-smi
     echo "error: nvidia-smi finds no GPU here; run this on a machine with one." >&2
     exit 2
 fi

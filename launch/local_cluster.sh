@@ -56,7 +56,7 @@ interrupted() {
 }
 trap interrupted INT
 status=0 deadline=
-trap 'stop TERM; deadline=$((SECONDS + 60))' TERM # as a machine that goes down: they save, and their status is this one's
+trap 'stop TERM; deadline=$((SECONDS + 60))' TERM HUP # as a machine that goes down: they save, and their status is this one's
 
 while [ ${#pids[@]} -gt 0 ]; do
     left=()

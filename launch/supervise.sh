@@ -5,7 +5,7 @@
 #   75 (EX_TEMPFAIL: told to stop, and saved), 76 (another process hung), 128 + n (killed by signal n)            run again
 #   0 done, 1 a fault of the program, 2 of what it was told, 130 Ctrl-C, 141 nobody reads its output, any other   end with it
 # At most RESTARTS (10) times in a row, after PAUSE (10, whole) seconds, then twice as many, up to 300; after an hour of work the count starts anew.
-# SIGTERM and SIGINT go to the command, which is then not run again, and whose status is this one's.
+# SIGTERM, SIGHUP (as SIGTERM: the line to this terminal broke) and SIGINT go to the command, which is then not run again, and whose status is this one's.
 
 restartable() { # STATUS
     case $1 in
@@ -38,17 +38,19 @@ supervise() { # COMMAND ...
     # A process group of its own: without, a shell that has no terminal starts what runs beside it deaf to SIGINT.
     set -m
     trap 'told=TERM; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'told=HUP; kill -TERM "$child" 2>/dev/null || true' HUP
     trap 'told=INT; kill -INT "$child" 2>/dev/null || true' INT
     while :; do
         began=$SECONDS
         "$@" < /dev/null &
         child=$!
+        if [ -n "$told" ]; then kill -TERM "$child" 2>/dev/null || true; fi # told between the pause and this child
         while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trap ends `wait`, not the command
         status=0
         wait "$child" || status=$?
         once_more "$status" $((SECONDS - began)) || break
     done
-    trap - TERM INT
+    trap - TERM HUP INT
     set +m
     return "$status"
 }

@@ -114,7 +114,7 @@ active() { # comes back when the TPU is there and ready
             READY) return ;;
             ABSENT) # at first a refusal is final; afterwards it may be a quota that the last one has not yet given back
                 create || { [ -n "$again" ] && [ $((refused += 1)) -lt 10 ] && sleep "$poll"; } || exit 1
-                again=1
+                sent='' seen=0 followed='' again=1 # whatever was there, these hosts have nothing
                 ;;
             SUSPENDING | SUSPENDED | FAILED | PREEMPTED | TERMINATED | without*)
                 if [ "$state" = FAILED ] && [ $((failed += 1)) -ge 3 ]; then
@@ -123,7 +123,7 @@ active() { # comes back when the TPU is there and ready
                     exit 1
                 fi
                 remove || sleep "$poll"
-                sent='' seen=0 again=1
+                sent='' seen=0 followed='' again=1
                 ;;
             *) sleep "$poll" ;; # in the queue, being made or being deleted
         esac
@@ -162,9 +162,10 @@ follow() { # until the run ends or the line breaks
     done < <(worker 0 "follow $1" 2> "$scratch/why")
 }
 
-settle() { # all hosts have ended, and `said` has their lines
+settle() { # all hosts have ended, and `said` has their lines; false where one cannot be asked, or none has ended
     local until=$((SECONDS + ${SETTLE:-160}))
     while said=$(statuses) && grep -q '^tpu_worker [^ ]* running' <<< "$said"; do
+        if ! grep -Eq '^tpu_worker [^ ]* (ended|none)' <<< "$said"; then return 1; fi # only the line to the log broke
         if [ "$SECONDS" -ge "$until" ]; then worker all stop; fi
         sleep 1
     done
@@ -220,7 +221,8 @@ if [ -n "$delete" ]; then
 fi
 
 trap left INT TERM
-sent='' again='' seen=0 lost=0 unready=0 began=$SECONDS
+# `sent`: the hosts have the checkout; `followed`: the run that ended there was looked at by this call, or begun by it
+sent='' followed='' again='' seen=0 lost=0 unready=0 began=$SECONDS
 while :; do
     active
     if ! said=$(statuses); then # taken away a moment ago, or not yet up
@@ -233,8 +235,10 @@ while :; do
         continue
     fi
     lost=0
+    if grep -q '^tpu_worker [^ ]* none' <<< "$said"; then sent=''; fi # a host that has no run has lost its disk, or never had one
     if grep -q '^tpu_worker [^ ]* running' <<< "$said"; then
-        other=$(sed -n 's/^tpu_worker [^ ]* running //p' <<< "$said" | head -n 1)
+        other=$(sed -n 's/^tpu_worker [^ ]* running //p' <<< "$said")
+        other=${other%%$'\n'*}
         if [ "$other" != "$quoted" ]; then
             refuse "$name runs another command: $other; wait for it, or remove it with --delete."
         fi
@@ -245,6 +249,8 @@ while :; do
         else
             follow $((seen + 1))
         fi
+    elif [ -n "$followed" ] && ! grep -Evq '^tpu_worker [^ ]* ended ' <<< "$said"; then
+        : # it ended while a host could not be asked
     else
         if [ -z "$sent" ]; then
             if send; then sent=1; fi
@@ -259,12 +265,14 @@ while :; do
         unready=0
         follow $((seen + 1))
     fi
+    followed=1
     if ! settle; then continue; fi # ssh broke: `active` will say why
     status=$(verdict)
     if [ "$status" -eq 0 ]; then
         say "done. $name stands, and costs, until --delete."
         exit 0
     elif once_more "$status" $((SECONDS - began)); then
+        followed=''
         continue
     fi
     worker all tail >&2 || true

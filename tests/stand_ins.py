@@ -2,7 +2,8 @@
 
 `folder(tmp_path)` makes a folder for PATH. What they play is in files of the folder STAND_INS, of which each test writes some:
 states, on_create (a TPU's states, one a look, the last stays), node, refuse_create, actions (a line for each start of the program:
-what it does on every host, the last for all later ones), setup (pip fails), and calls, runs, creations, which they write themselves.
+what it does on every host, the last for all later ones), setup (pip fails), unheard (a line for each look at a run's status that
+fails), and calls, runs, creations, which they write themselves.
 """
 
 import json
@@ -130,7 +131,10 @@ def gcloud(arguments: list[str]) -> int:
         for host in state.hosts():
             end_session(host, "moe_embed")
         (state.folder / "states").unlink()
-    elif not state.reachable():
+    elif not state.reachable() or (
+        state.lines("runs") and "status" in flags.get("--command", "") and state.lines("unheard")
+    ):
+        state.write("unheard", state.lines("unheard")[1:])
         print("ssh: connect to host 10.0.0.2 port 22: Connection timed out", file=sys.stderr)
         return 255
     elif verb == "scp":

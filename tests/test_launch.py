@@ -95,9 +95,9 @@ def wait_for(path: pathlib.Path) -> None:
     time.sleep(0.3)
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_signal_goes_to_the_command_which_is_not_run_again(host, name):
-    host.actions(f"trap 'sleep 0.5; exit 75' {name}; for _ in {{1..200}}; do sleep 0.1; done", "exit 0")
+@pytest.mark.parametrize(("name", "told"), [("TERM", "TERM"), ("INT", "INT"), ("HUP", "TERM")])
+def test_a_signal_goes_to_the_command_which_is_not_run_again(host, name, told):
+    host.actions(f"trap 'sleep 0.5; exit 75' {told}; for _ in {{1..200}}; do sleep 0.1; done", "exit 0")
     process = host.start("supervise.sh", str(host.folder / "program"))
     wait_for(host.state / "starts")
     process.send_signal(getattr(signal, f"SIG{name}"))

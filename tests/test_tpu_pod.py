@@ -195,6 +195,47 @@ def test_a_host_that_does_not_end_with_the_others_is_stopped(pod):
     assert len(pod.rows("runs")) == 4
 
 
+def following(pod, times: int) -> bool:
+    return sum("tpu_worker.sh follow" in " ".join(row) for row in pod.rows("calls")) >= times
+
+
+def test_a_line_to_the_log_that_breaks_stops_no_run(pod):
+    pod.write(actions="wait")
+    process = pod.start(*HERE, *TRAIN, SETTLE="0")
+    stand_ins.wait_until(lambda: len(pod.rows("runs")) == 2 and following(pod, 1))
+    stand_ins.wait_until(
+        lambda: not subprocess.run(["pkill", "-f", f"tail .*{pod.state}/worker0/"], check=False).returncode
+    )
+    stand_ins.wait_until(lambda: following(pod, 2))
+    (pod.state / "go").write_text("")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert len(pod.rows("runs")) == 2
+    assert "restart" not in err
+
+
+def test_a_tpu_that_is_deleted_under_way_is_made_anew_with_all_it_needs(pod):
+    pod.write(actions="wait,0")
+    process = pod.start(*HERE, *TRAIN)
+    stand_ins.wait_until(lambda: len(pod.rows("runs")) == 2 and following(pod, 1))
+    (pod.state / "states").unlink()
+    for host in pod.state.glob("worker*"):
+        stand_ins.end_session(host, "moe_embed")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert pod.calls().count("vm scp") == len(pod.rows("creations")) == 2
+    assert len(pod.rows("runs")) == 4
+
+
+@pytest.mark.parametrize("status", ["2", "0"])
+def test_a_run_that_ended_while_a_host_could_not_be_asked_is_not_run_again(pod, status):
+    pod.write(actions=status, unheard="once")
+    done = pod(*HERE, *TRAIN)
+    assert done.returncode == int(status), done.stderr
+    assert not pod.rows("unheard")
+    assert len(pod.rows("runs")) == 2
+
+
 def test_it_does_not_start_again_for_ever(pod):
     pod.write(actions="75,75,75,75")
     done = pod(*HERE, *TRAIN, RESTARTS="2")
