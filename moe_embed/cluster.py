@@ -57,7 +57,7 @@ def start(*, coordinator=None, num_processes=None, process_id=None, seconds: flo
     """Meet the other processes of the job, if there are any. Must come before anything that asks jax for a device.
 
     What processes other than 0 print goes nowhere from here on; errors go to stderr on all. CPU processes talk by gloo,
-    jax's default. Exit 2, with a sentence, when not all have come in time.
+    jax's default. Exit GONE, with a sentence, when not all have come in time: one may be starting again, later than the others.
     """
     job = job_lib.find(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     if job is None:
@@ -88,7 +88,7 @@ def start(*, coordinator=None, num_processes=None, process_id=None, seconds: flo
 
 def _stop_here(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(GONE)
 
 
 def several() -> bool:

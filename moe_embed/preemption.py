@@ -22,14 +22,15 @@ def nothing_to_save() -> None:
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the steps done: whether to save and stop here. Asked after every step, by all processes alike.
+def heard(first: int) -> Iterator[Callable[[int], bool]]:
+    """Gives a function of the steps done: whether to save and stop here. Asked at `first` and after every step, by all alike.
 
     Of several processes jax hears SIGTERM, on whichever host, and has all agree on a step that none has passed. A single
     process notes it and ends at its next step; a second SIGTERM changes nothing, and Ctrl-C is not touched.
     """
     if cluster.several():
-        yield multihost_utils.reached_preemption_sync_point
+        # Counted from this call's first step: heard before that, jax agrees on number 1, and waits to be asked for just that.
+        yield lambda done: multihost_utils.reached_preemption_sync_point(done - first)
         return
     noticed = threading.Event()
 

@@ -4,13 +4,14 @@ import contextlib
 import pathlib
 import shutil
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from moe_embed import bucket, checkpoint, metrics
+from moe_embed import bucket, checkpoint, metrics, stored
 from moe_embed import config as config_lib
 from moe_embed.config import Config, UserError
 from moe_embed.load import DESCRIPTION, Description, read_description
 
+LOCK = "lock"  # in a workdir that is written to
 # What a rerun may say otherwise. The data itself is compared by content: the fingerprint beside each checkpoint.
 MAY_CHANGE = (
     "data.sources",
@@ -90,6 +91,27 @@ def say_if_begun(workdir: pathlib.Path) -> None:
     rows = metrics.read(workdir / "metrics.jsonl")
     if rows:
         print(f"starting over in {workdir}: it has rows up to step {rows[-1]['step']}, and no checkpoint.")
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path | None) -> Iterator[None]:
+    """Within it no other run writes to the workdir (None: nor does this process). UserError where one does; a bucket has no locks."""
+    lock = None
+    if workdir and not bucket.is_remote(workdir):
+        try:
+            lock = stored.open_alone(workdir / LOCK)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process trains in {workdir}; wait for it, stop it, or name another --workdir."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if lock:
+            (workdir / LOCK).unlink(missing_ok=True)
+            lock.close()
 
 
 def check_space(workdir: pathlib.Path, num_bytes: int) -> None:

@@ -184,12 +184,13 @@ def train(
     writes_to = workdir if cluster.is_first() else None
     looking = health.Health(writes_to, first_step=first, max_skips=config.run.max_skips)
     with (
+        same_run.alone(writes_to),
         trackers.opened(
             config.run.log_to if writes_to else (), workdir, config=config_lib.to_dict(config), first_step=first
         ) as also,
         metrics.Writer(writes_to, first_step=first, last_step=config.run.steps, also=also) as writer,
         saving.Saver(checkpoints, facts=batches.fingerprint, keep=config.run.keep, say=writer.say) as saver,
-        preemption.heard() as told_to_stop,
+        preemption.heard(first) as told_to_stop,
         watchdog.Watchdog(config.run.watchdog, done=first) as watching,
     ):
         writer.event(first, "resume" if first else "begin")

@@ -257,7 +257,7 @@ def test_not_all_came(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.returncode == 2
+    assert done.returncode == cluster.GONE
     assert "error: not all of 2 processes came within 3 s" in done.stderr
 
 

@@ -1,5 +1,7 @@
 """Batches made ahead: in order, the same from a thread and from processes, and how long they were waited for."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -58,3 +60,18 @@ def test_a_fault_of_a_batch_is_the_callers(prepared):
     made.batch_at = lambda step: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(loading.iterate(made, 0, 9))
+
+
+def test_killed_processes_cost_no_batch(prepared, capfd):
+    """As by SIGTERM to the whole group of the run, which still has steps to make until all processes stop at one."""
+    made = batches(prepared)
+    expected = [made.batch_at(step) for step in range(9)]
+    found = []
+    for batch in loading.iterate(made, 0, 9, workers=1):
+        found.append(batch)
+        for child in multiprocessing.active_children():
+            child.terminate()
+    assert len(found) == 9
+    for one, other in zip(found, expected, strict=True):
+        assert all(np.array_equal(array, other.arrays[name]) for name, array in one.arrays.items())
+    assert "the loader's processes were killed" in capfd.readouterr().err

@@ -102,3 +102,13 @@ def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path):
         with pytest.raises(UserError) as refused:
             same_run.check_fingerprint(before, {"files": now}, tmp_path)
         assert refused.value.args[0].endswith(f"files: {said}")
+
+
+def test_a_workdir_has_one_writer(tmp_path):
+    with same_run.alone(tmp_path):
+        with pytest.raises(UserError, match="another process trains in"), same_run.alone(tmp_path):
+            pass
+        assert (tmp_path / same_run.LOCK).is_file()
+    assert not list(tmp_path.iterdir())
+    with same_run.alone(tmp_path):  # one that was killed leaves the file, and no lock
+        pass

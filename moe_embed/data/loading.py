@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 
 from moe_embed.data.batches import Batch
 
@@ -21,7 +23,7 @@ def iterate(batches, first_step: int, last_step: int, *, workers: int = 0) -> It
     """The batches of steps first_step .. last_step - 1 in order, AHEAD of them made beforehand.
 
     One thread makes them (Batches, MlmBatches). With `workers`, that many processes read, tokenise and pack (Batches only), and
-    the thread puts what they send into rows. counts["waited"] is how many seconds a batch was waited for: above a few
+    the thread puts what they send into rows; should they be killed, it does their work. counts["waited"] is how many seconds a batch was waited for: above a few
     milliseconds loading is what limits the run.
     """
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread, _processes(batches, workers) as pool:
@@ -30,12 +32,29 @@ def iterate(batches, first_step: int, last_step: int, *, workers: int = 0) -> It
             if pool is None:
                 waiting.append(thread.submit(batches.batch_at, step))
             else:
-                work = pool.submit(_packed, step)
-                waiting.append(thread.submit(lambda step, work: batches.filled(step, work.result()), step, work))
+                waiting.append(thread.submit(_filled, batches, step, _submitted(pool, step)))
             if len(waiting) > AHEAD + workers:
                 yield _taken(waiting.popleft())
         while waiting:
             yield _taken(waiting.popleft())
+
+
+def _submitted(pool: concurrent.futures.Executor, step: int) -> concurrent.futures.Future | None:
+    """A process's work on a step; None where the processes are gone: SIGTERM to the whole group, or too much memory."""
+    try:
+        return pool.submit(_packed, step)
+    except BrokenProcessPool:
+        return None
+
+
+def _filled(batches, step: int, work: concurrent.futures.Future | None) -> Batch:
+    """A batch of what a process has packed or, where it could not, of what is packed here: it is the same."""
+    try:
+        packed = work.result() if work else None
+    except BrokenProcessPool:
+        print("warning: the loader's processes were killed; batches are made in the training process.", file=sys.stderr)
+        packed = None
+    return batches.filled(step, packed or batches.packed(step))
 
 
 def _taken(future: concurrent.futures.Future) -> Batch:
