@@ -11,10 +11,11 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 
 ready_venv() {
-    local python=$PYTHON extras version stamp start=$SECONDS
+    local python=$PYTHON extras version said stamp start=$SECONDS
     extras=$(IFS=,; echo "$*")
     version=$("$python" -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14); print(*sys.version_info[:2], sep=".")' 2>/dev/null) || {
-        echo "error: $python is $("$python" --version 2>&1); set PYTHON to a Python of 3.11 to 3.13." >&2
+        said=$("$python" --version 2>&1) || said="nothing that runs (${said%%$'\n'*})" # as a shim for a version that is not chosen
+        echo "error: $python is $said; set PYTHON to a Python of 3.11 to 3.13." >&2
         exit 2
     }
     stamp="$version $(cat requirements.txt pyproject.toml tests/constraints.txt | cksum)"

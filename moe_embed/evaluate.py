@@ -124,6 +124,8 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(f"{flag}={folder} cannot be made: {error.strerror}.") from error
     verb.say(f"reading {arguments.model} ...")
     model = load(arguments.model)
+    for dim in dims:
+        _check_dim(dim, model.encoder.dim)
     if arguments.mteb_results:
         mteb_results.check(arguments.mteb_results, tasks, digest=model.digest)
     name = results_lib.of_model(model, name=arguments.model)
@@ -332,9 +334,13 @@ def _precisions(text: str) -> list[str]:
     return parts
 
 
+def _check_dim(dim: int, largest: int) -> None:
+    if dim > largest:
+        raise UserError(f"--dims asks for {dim} numbers; the model's vectors have {largest}.")
+
+
 def _cut(x_ND: np.ndarray, dim: int) -> np.ndarray:
-    if dim > x_ND.shape[1]:
-        raise UserError(f"--dims asks for {dim} numbers; the model's vectors have {x_ND.shape[1]}.")
+    _check_dim(dim, x_ND.shape[1])
     cut_ND = x_ND[:, :dim]
     return cut_ND / np.maximum(np.linalg.norm(cut_ND, axis=1, keepdims=True), 1e-12)
 

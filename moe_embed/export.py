@@ -103,6 +103,8 @@ def export(
         raise UserError(
             f"{output} is not empty and is no earlier export{foreign}; name another folder, or move it by --force."
         )
+    if occupied and not foreign:
+        verb.say(f"{output} holds an earlier export; it will be replaced.")
     if onnx:
         _check_onnx(hf_layout.model_type(model.encoder, model.moe))
     if gguf or fold_shared_bias:
@@ -341,7 +343,8 @@ def main(argv: Sequence[str]) -> None:
         calibration_texts=texts, facts=facts,
     )  # fmt: skip
     print(f"wrote {args.output}: {FORMS[hf_layout.model_type(model.encoder, model.moe)]}")
-    print(f"largest difference: moe_embed {report['moe_embed']}, torch {report['torch']} (tolerance {TOLERANCE})")
+    torch = "torch not run: it is not installed" if report["torch"] == "not run" else f"torch {report['torch']:.1e}"
+    print(f"largest difference: moe_embed {report['moe_embed']:.1e}, {torch} (tolerance {TOLERANCE})")
     if args.onnx:
         print(
             f"onnx/model.onnx: {report['onnx']}, at {report['onnx_flops']} times the routed form's products with weights"

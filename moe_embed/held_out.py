@@ -181,6 +181,14 @@ def concluded(workdir: pathlib.Path, *, steps: int) -> bool:
         return False  # conclude says what is wrong with it
 
 
+def said(workdir: pathlib.Path) -> str:
+    """The verdict of a run that has ended; "" where none is written."""
+    try:
+        return str(stored.read_json(workdir / FILE)["verdict"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+
+
 def conclude(workdir: pathlib.Path, per_query: dict[str, float], *, steps: int, warmup_steps: int) -> str:
     """One sentence on before and after, with its interval, also written to the workdir. UserError if before is unknown.
 
@@ -200,6 +208,8 @@ def conclude(workdir: pathlib.Path, per_query: dict[str, float], *, steps: int, 
     differences = np.array([per_query[query] - before[query] for query in per_query])
     names = ("the trained model", "what it began with")
     said = significance.verdict([differences], names=names, doubt=doubt(steps=steps, warmup_steps=warmup_steps))
+    if not differences.any():
+        said += " No query scores otherwise than before: a larger config.optim.learning_rate or more steps would change more."
     stored.write_json(workdir / FILE, record | {"verdict": said})
     return said
 

@@ -210,9 +210,20 @@ def load(path: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None, ste
                 f"{root} is a Hugging Face folder in a bucket; gcloud storage cp -r it here, and name the copy."
             )
         return of_folder(hf_folder.read_folder(root), mesh=mesh, origin=str(root))
-    raise UserError(
-        f"{root} holds no model: neither a workdir ({DESCRIPTION}) nor a Hugging Face folder (config.json)."
-    )
+    raise UserError(no_model(root))
+
+
+def no_model(root: pathlib.Path) -> str:
+    """The sentence on a path without a model."""
+    kinds = f"neither a workdir ({DESCRIPTION}) nor a Hugging Face folder (config.json)"
+    if bucket.is_remote(root) or root.exists():
+        return f"{root} holds no model: {kinds}."
+    name = root.as_posix()
+    if name.count("/") == 1 and not root.parent.exists():  # OWNER/NAME of the hub
+        return (
+            f"{root} holds no model: it does not exist here. From the hub: hf download {name} --local-dir={root.name}"
+        )
+    return f"{root} holds no model: it does not exist."
 
 
 def of_folder(folder: hf_folder.Folder, *, mesh: jax.sharding.Mesh, origin: str) -> Model:

@@ -82,6 +82,8 @@ def read(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
                 if not all(isinstance(number, int | float) for number in numbers):
                     raise ValueError("a figure that is no number")
         return results
+    except FileNotFoundError as error:
+        raise UserError(f"{flag}={path} does not exist.") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError, StopIteration) as error:
         raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error
 

@@ -16,6 +16,7 @@ from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.data.mlm_batches import MlmBatches
 
 CARD = "DATA.md"  # in a folder that prepare made, and in a workdir
+WORTH_SAYING = 0.01  # share of texts that were cut
 
 
 class Files(NamedTuple):
@@ -117,6 +118,18 @@ def keep_cards(config: Config, workdir: pathlib.Path) -> None:
     texts = [card.read_text("utf-8") for card in cards if card.is_file()]
     if texts:
         stored.write_bytes(workdir / CARD, "\n".join(texts).encode())
+
+
+def what_was_cut(rows: Sequence[dict], config: Config) -> str:
+    """Of a process's own pairs the share of texts that were longer than what is read of them; "" where hardly any was."""
+    pairs = len(rows) * config.data.batch_size
+    said = []
+    for side, things in (("query", "queries"), ("document", "documents")):
+        longest = min(getattr(config.data, f"{side}_length"), config.encoder.max_seq_length)
+        number = sum(row[f"cut_{things}"] for row in rows if f"cut_{things}" in row)
+        if number > WORTH_SAYING * pairs:
+            said.append(f"{number / pairs:.0%} of the {things} were longer than {longest} tokens")
+    return f"cut         {' and '.join(said)}: the rest of them was not read" if said else ""
 
 
 def _weights(named: list[list], weights: tuple[float, ...], *, smoothing: float) -> tuple[float, ...]:

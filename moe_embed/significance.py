@@ -40,7 +40,9 @@ def verdict(differences: Sequence[np.ndarray], *, names: Sequence[str], doubt: s
     """
     low, high = (100 * end for end in interval(differences))
     gain, queries = 100 * np.mean([d.mean() for d in differences]), sum(map(len, differences))
-    sure = f"95 % interval {low:+.1f} to {high:+.1f}, p = {p_value(differences):.3g}, {queries:,} queries"
+    sure = (
+        f"95 % interval {low:+.1f} to {high:+.1f}, p = {p_value(differences):.3g}, {count(queries, 'query', 'queries')}"
+    )
     if queries < SURE_QUERIES:
         doubt = " and ".join(filter(None, (doubt, f"measured on {count(queries, 'query', 'queries')}")))
     if doubt:

@@ -172,6 +172,8 @@ def train(
         finished = first >= config.run.steps
         if finished and (not held or cluster.on_first(lambda: held_out.concluded(workdir, steps=first))):
             print(f"{workdir} is finished: step {first} of {config.run.steps}, verified. Nothing to do.")
+            if verdict := cluster.on_first(lambda: held_out.said(workdir)):
+                print(verdict)
             return 0
         more = "; what it learned is still to be measured" if finished else ""
         print(f"continuing {workdir} from step {first} of {config.run.steps}{more}.")
@@ -257,7 +259,10 @@ def train(
     print(
         f"trained {fields.count(config.run.steps - first, 'step')} in {time.perf_counter() - started:.0f} s, compilation included."
     )
+    if said := run_data.what_was_cut(metrics.read(workdir / "metrics.jsonl") if writes_to else (), config):
+        print(said)
     if held:
+        print(f"held out: nDCG@10 {100 * np.mean(list(after.values())):.1f} after training.")
         length = {"steps": config.run.steps, "warmup_steps": config.optim.warmup_steps}
         cluster.on_first(lambda: print(held_out.conclude(workdir, after, **length)))
     return 0

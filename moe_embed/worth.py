@@ -36,7 +36,7 @@ from moe_embed import (
     verb,
 )
 from moe_embed.config import Config, Moe, UserError
-from moe_embed.load import DESCRIPTION, read_description
+from moe_embed.load import DESCRIPTION, no_model, read_description
 
 FILE = "worth.json"  # in the workdir: {"asked", "init_from", "seconds": {"mixture": [...], "dense": [...]} a step}
 PARTS = ("mixture", "dense")
@@ -116,7 +116,7 @@ def moe_of(root: pathlib.Path) -> Moe:
         return read_description(root).moe
     if (root / "config.json").is_file():
         return hf_config.read_hf_config(hf_folder.read_json(root / "config.json"))[1]
-    raise UserError(f"--init_from={root} holds no model: neither {DESCRIPTION} nor config.json.")
+    raise UserError(f"--init_from={no_model(root)}")
 
 
 def begin(workdir: pathlib.Path, config: Config, init_from: str) -> None:

@@ -150,7 +150,8 @@ def test_ablations_know_of_seeds_and_queries(tmp_path):
     ):
         for i, tasks in enumerate(seeds):
             queries = {
-                f"t{t}": {"ndcg@10": 0.0, "queries": dict(enumerate(map(float, v)))} for t, v in enumerate(tasks)
+                f"t{t}": {"ndcg@10": 0.0, "recall@10": 0.0, "queries": dict(enumerate(map(float, v)))}
+                for t, v in enumerate(tasks)
             }
             (tmp_path / f"{name}-seed{i}.json").write_text(json.dumps({"moe_embed": queries}))
     found = ablations.read(tmp_path)

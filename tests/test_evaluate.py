@@ -96,7 +96,13 @@ def stand_in(prompts=("query", "document")):
 
     prompt = lambda name: name if name in prompts else None  # noqa: E731
     return types.SimpleNamespace(
-        encode=encode, prompt=prompt, asked=asked, mesh=None, origin="m (step 3)", digest="ab12"
+        encode=encode,
+        prompt=prompt,
+        asked=asked,
+        mesh=None,
+        origin="m (step 3)",
+        digest="ab12",
+        encoder=types.SimpleNamespace(dim=12),
     )
 
 

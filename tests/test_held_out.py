@@ -151,7 +151,14 @@ def test_before_and_after_become_a_sentence(tmp_path):
     )
     written = json.loads((tmp_path / held_out.FILE).read_text())
     assert (written["before"], written["verdict"]) == (before, said)
-    assert "no difference is shown" in held_out.conclude(tmp_path, dict(reversed(before.items())), **length)
+    assert "No query scores otherwise" not in said
+    same = held_out.conclude(tmp_path, dict(reversed(before.items())), **length)
+    assert "no difference is shown" in same
+    assert same.endswith(
+        "No query scores otherwise than before: a larger config.optim.learning_rate or more steps would change more."
+    )
+    assert held_out.said(tmp_path) == same
+    assert held_out.said(tmp_path / "elsewhere") == ""
     (tmp_path / held_out.FILE).unlink()
     with pytest.raises(UserError, match="before training"):
         held_out.conclude(tmp_path, before, **length)
@@ -207,7 +214,9 @@ def test_the_whole_way_from_a_file_of_pairs(tmp_path, capsys):
     assert config.data.batch_size >= 8
     train.main([*arguments, f"--workdir={tmp_path / 'w'}"])  # again: nothing to do, nothing lost
     assert json.loads((tmp_path / "w" / held_out.FILE).read_text()) == written
-    assert "is finished" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "is finished" in again
+    assert written["verdict"] in again
     (tmp_path / "w" / held_out.FILE).write_text(json.dumps({"before": written["before"]}))  # killed after the last save
     train.main([*arguments, f"--workdir={tmp_path / 'w'}"])
     assert "still to be measured" in capsys.readouterr().out

@@ -150,6 +150,13 @@ def test_refusals(model, arguments, words):
 
 
 def test_no_model_no_checkpoint(tmp_path):
+    for name, said in (
+        (str(tmp_path), "holds no model: neither a workdir"),
+        (str(tmp_path / "none"), "holds no model: it does not exist.$"),
+        ("intfloat/small", r"does not exist here. From the hub: hf download intfloat/small --local-dir=small$"),
+    ):
+        with pytest.raises(config_lib.UserError, match=said):
+            load(name)
     with pytest.raises(config_lib.UserError, match="holds no model"):
         load(tmp_path)
 

@@ -123,3 +123,8 @@ def test_an_earlier_output_is_replaced_and_said_and_nothing_is_nothing(tmp_path)
     assert said.endswith(
         "r.json holds an evaluation of a model that is not named (an older output); it will be replaced."
     )
+
+
+def test_an_output_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"--compare=.*none\.json does not exist"):
+        results.read(tmp_path / "none.json", "--compare")

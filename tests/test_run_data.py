@@ -9,6 +9,7 @@ import pytest
 from moe_embed import config as config_lib
 from moe_embed import held_out, prepare, run_data
 from moe_embed.config import UserError
+from tests import tiny
 
 
 @pytest.fixture
@@ -87,3 +88,13 @@ def test_what_prepare_said_of_the_data_stays_with_the_run(tmp_path, config):
     text = (tmp_path / run_data.CARD).read_text()
     assert "| a.jsonl | 3 | 3 |" in text
     assert "| b.jsonl | 3 | 3 |" in text
+
+
+def test_what_was_cut_is_said():
+    rows = [{"cut_queries": 0.0, "cut_documents": 3.0}, {"cut_queries": 0.0, "cut_documents": 1.0}]
+    c = tiny.config(data={"batch_size": 8, "document_length": 16})
+    assert (
+        run_data.what_was_cut(rows, c)
+        == "cut         25% of the documents were longer than 16 tokens: the rest of them was not read"
+    )
+    assert run_data.what_was_cut([{"loss": 1.0}], c) == run_data.what_was_cut([], c) == ""

@@ -393,3 +393,10 @@ def test_a_teachers_vectors_go_to_another_process_by_name(tmp_path):
     again = pickle.loads(sent)
     np.testing.assert_array_equal(again.teacher["query"], source.teacher["query"])
     assert again.pairs == source.pairs
+
+
+def test_a_folder_of_tasks_is_no_task_and_says_which_it_holds():
+    with pytest.raises(
+        UserError, match=r"is not a BEIR folder .* There are some in it: libreoffice-help-de, libreoffice-help-en"
+    ):
+        sources.read_task("moe_embed/sample/tasks")

@@ -211,3 +211,16 @@ def test_values_without_a_column_are_no_row(tmp_path):
     source = sources.read_source(str(tmp_path / "p.csv"), max_bad_fraction=0.5)
     assert [pair.document for pair in source.pairs] == ["that"]
     assert "too many values: 1" in source.left_out
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"query;document\nwhat, is it;that\n", "one column, 'query;document': its values seem to be separated by ';'"),
+        ("query,document\na,b\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    ],
+)
+def test_a_header_that_says_why_nothing_would_be_right(data, said, tmp_path):
+    (tmp_path / "p.csv").write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        sources.read_source(str(tmp_path / "p.csv"), max_bad_fraction=0.9)

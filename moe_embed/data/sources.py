@@ -164,7 +164,9 @@ def read_task(folder: str, *, split: str | None = None, on_disk: bool = False) -
     qrels = root / "qrels" / f"{split}.tsv"
     for path in (root / "corpus.jsonl", root / "queries.jsonl", qrels):
         if not path.is_file():
-            raise UserError(f"{folder} is not a BEIR folder with the split {split!r}: {path} does not exist.")
+            inside = sorted(found.parent.name for found in root.glob("*/corpus.jsonl"))
+            hint = f" There are some in it: {', '.join(inside[:5])}." if inside else ""
+            raise UserError(f"{folder} is not a BEIR folder with the split {split!r}: {path} does not exist.{hint}")
     texts = corpus_lib.by_id(root / "queries.jsonl", lambda row: row["text"])
     relevance: dict[str, dict[str, int]] = {}
     header, *lines = tables.decode(qrels, tables.read_bytes(str(qrels))).splitlines() or [""]

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from etils import epath
@@ -253,6 +253,7 @@ def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
                 taken = 0
                 if reader.fieldnames:  # the first time this reads the header
                     first = reader.reader.line_num + 1
+                    _check_header(path, reader.fieldnames)
                 taken = 0
                 row = next(reader)
             except StopIteration:
@@ -278,6 +279,15 @@ def _csv(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
             yield place, row
     finally:
         text.detach()  # the stream is its opener's to close
+
+
+def _check_header(path: str, names: Sequence[str]) -> None:
+    """A BadRow, with all that follows, for a header that says why nothing of the file would be right."""
+    if names[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        raise BadRow(f"{path} is UTF-16; save it as UTF-8.", reason="not UTF-8", more=True)
+    if len(names) == 1 and (sign := next((sign for sign in ";\t|" if sign in names[0]), "")):
+        sentence = f"{path} has one column, {names[0]!r:.60}: its values seem to be separated by {sign!r}; write it with commas"
+        raise BadRow(f"{sentence}, or with tabs as .tsv.", reason="not CSV", more=True)
 
 
 def _parquet(path: str, stream: BinaryIO) -> Iterator[tuple[str, dict | BadRow]]:
