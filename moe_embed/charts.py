@@ -40,10 +40,12 @@ def lines(
     note: str = "",
     marks: Sequence[Mapping[str, Sequence[float]]] = (),
     log_x: bool = False,
+    share: bool = False,
 ) -> str:
     """Curves in one frame. `marks`: for each run, a name of SHAPES -> where on x; they stand above the frame, a lane a run, evaluations over the others.
 
-    `log_x` puts x on a scale of powers of two, with a tick at each x. "" where no curve has a finite point.
+    `log_x` puts x on a scale of powers of two, with a tick at each x. `share`: y is within 0 and 1, and so is its scale.
+    "" where no curve has a finite point.
     """
     drawn = [(line, *thin(line.x, line.y)) for line in series]
     drawn = [(line, x, low, mean, high) for line, x, low, mean, high in drawn if len(x)]
@@ -53,7 +55,7 @@ def lines(
     all_x, all_y = np.concatenate([of[1] for of in drawn]), np.concatenate([y for of in drawn for y in (of[2], of[4])])
     marked = [x for of_run in marks for places in of_run.values() for x in places]
     x_from, x_to = (float(end([*scaled(all_x), *marked])) for end in (min, max))
-    y_ticks = ticks(float(all_y.min()), float(all_y.max()))
+    y_ticks = ticks(float(all_y.min()), float(all_y.max()), share=share)
     y_from, y_to = y_ticks[0], y_ticks[-1]
     top = TOP + (LANE * len(marks) + 4 if marked else 0)
     across = page.WIDTH - LEFT - RIGHT
@@ -197,14 +199,17 @@ def thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray
     return np.array([part[0] for part in np.array_split(x, BUCKETS)]), low, mean, high
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers that span low to high.
+def ticks(low: float, high: float, *, share: bool = False) -> list[float]:
+    """Four to seven round numbers that span low to high; of one value alone some to both sides, of a share none beyond 0 and 1.
+
+    None lies below 0 where no value does: most of what is drawn cannot be negative.
 
     >>> ticks(0.3, 3.9)
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+        most = max(1.0, high) if share else np.inf
+        low, high = low - abs(low) / 2, min(high + (abs(high) / 2 or 1.0), most)
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(
         power * k for k in (1, 2, 2.5, 5, 10) if math.ceil(high / (power * k)) - math.floor(low / (power * k)) <= 6

@@ -118,7 +118,11 @@ def shape_of_vectors(asked: Sequence[Asked]) -> str:
     table = page.table(["run", "source", "pairs or texts", "alignment", "uniformity", "effective rank", "of"], rows)
     figures = [
         charts.lines(
-            cosines, title="cosine of pairs, and of texts that are none", x_label="cosine", note="share of each"
+            cosines,
+            title="cosine of pairs, and of texts that are none",
+            x_label="cosine",
+            share=True,
+            note="share of each",
         ),
         charts.lines(
             spectra,

@@ -19,6 +19,7 @@ CURVES = {
     "loss": "loss", "accuracy": "accuracy", "learning_rate": "learning rate", "gradient_norm": "gradient norm",
     "tokens_per_second": "useful tokens/s",
 }  # fmt: skip
+SHARES = ("accuracy",)  # of the curves: within 0 and 1
 NEEDED = {"metrics": ("loss",), "evaluations": ("ndcg",), "events": ("event", "time")}  # in every row of a file
 CELLS = 12_000  # of all maps of experts over time together; what a run has more is averaged
 
@@ -119,12 +120,18 @@ def training(runs: Sequence[Run]) -> str:
                 f"{run.name} has no goodput over steps: fewer than two saves are in its events.jsonl.", missing=True
             )
     figures = [
-        charts.lines([run.line(run.name, *run.of(name)) for run in runs], title=label, x_label="step", marks=marks)
+        charts.lines(
+            [run.line(run.name, *run.of(name)) for run in runs],
+            title=label,
+            x_label="step",
+            marks=marks,
+            share=name in SHARES,
+        )
         for name, label in CURVES.items()
     ]
     figures.append(charts.lines(
         [run.line(run.name, *goodput(run), points=True) for run in runs if len(goodput(run)[0]) > 1], title="goodput",
-        x_label="step", marks=marks, note="share of the time since the run first began that went into steps that count",
+        x_label="step", marks=marks, share=True, note="share of the time since the run first began that went into steps that count",
     ))  # fmt: skip
     keys = page.say(
         "Above each frame: ▲ save, ◆ resume, ✕ skipped step, ● evaluation; where many are near, one stands for them. A long curve is the "
@@ -172,7 +179,7 @@ def routers(runs: Sequence[Run]) -> str:
     curves = {"expert_utilisation": "experts at work, share of all (worst layer)", "dead_expert_frac": "dead experts, share (worst layer)"}  # fmt: skip
     for name, label in curves.items():
         some = [run.line(run.name, *run.of(name)) for run in runs if run.of(name)[0]]
-        figures.append(charts.lines(some, title=label, x_label="step"))
+        figures.append(charts.lines(some, title=label, x_label="step", share=True))
     for run in runs:
         rows = [row for row in run.rows if np.isfinite(row["loss"])] if run.config.moe.num_experts else []
         load_TRE = loads(rows)

@@ -26,7 +26,7 @@ def quality(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
             label = f"{run.name}: {task.removeprefix('ndcg/')}"
             series.append(run.line(label, [row["step"] for row in there], [row[task] for row in there], color=color))
             color += 1
-    figures = [charts.lines(series, title="dev nDCG@10", x_label="step")]
+    figures = [charts.lines(series, title="dev nDCG@10", x_label="step", share=True)]
     if results:
         check_same_tasks(runs, results)
         sized = [[size for kind in ("dims", "precisions") for size in sizes(tasks, kind)] for tasks in results]
@@ -90,5 +90,10 @@ def by_size(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
             series.append(run.line(f"{run.name}: {precision}", [whole], [value], color=color, points=True))
             color += 1
     return charts.lines(
-        series, title="nDCG@10 by dimension", x_label="numbers of a vector", log_x=True, note="mean of all tasks"
+        series,
+        title="nDCG@10 by dimension",
+        x_label="numbers of a vector",
+        log_x=True,
+        share=True,
+        note="mean of all tasks",
     )

@@ -119,6 +119,19 @@ def test_ticks_span_the_values(low, high):
     assert found == sorted(set(found))
 
 
+def test_a_scale_does_not_go_where_values_cannot():
+    assert charts.ticks(0, 0)[0] == 0
+    assert charts.ticks(0, 0, share=True) == charts.ticks(0, 1)
+    assert charts.ticks(1, 1)[-1] > 1 == charts.ticks(1, 1, share=True)[-1]
+    assert charts.ticks(-5, -5)[-1] > -5
+    flat = charts.lines([Line("a", [0, 1], [0.0, 0.0])], title="t", x_label="step")
+    assert ">-" not in flat
+    full = [
+        charts.lines([Line("a", [0, 1], [1.0, 1.0])], title="t", x_label="step", share=share) for share in (False, True)
+    ]
+    assert [">1.2</text>" in made or ">1.25</text>" in made for made in full] == [True, False]
+
+
 def test_a_tiny_curve_and_a_run_of_one_step_are_drawn():
     made = charts.lines([Line("a", [0, 1], [1e-14, 3e-14])], title="t", x_label="step")
     assert len({point.split(",")[1] for point in attributes(made, "polyline")[0]["points"].split()}) == 2
