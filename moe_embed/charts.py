@@ -5,7 +5,7 @@ Colour is never alone: a second run's curves are dashed, and marks have shapes.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -74,18 +74,7 @@ def lines(
         f'<text x="{page.WIDTH - RIGHT}" y="{top + HEIGHT + 30}" text-anchor="end">{page.text(x_label)}</text>'
     )
     for lane, of_run in enumerate(marks):
-        for name, places in of_run.items():
-            where = [x for x, _ in _apart([(float(at_x(x)), x) for x in sorted(places)], APART)]
-            fill, y = (
-                "none" if name == "skipped" else _color(lane),
-                LANE * lane + (6 if name == "evaluation" else 16),
-            )
-            parts += [
-                f'<path d="{SHAPES[name]}" transform="translate({x:.0f} {y})" style="fill:{fill};stroke:{_color(lane)}"/>'
-                for x in where
-            ]
-            if name == "resume":
-                parts += [f'<path class="hair shown" d="M{x:.0f} {top}v{HEIGHT}"/>' for x in where]
+        parts += mark_shapes(of_run, at_x, lane=lane, color=lane, top=top, height=HEIGHT)
     for line, x, low, mean, high in drawn:
         parts += _curve(line, at_x(x), *map(at_y, (low, mean, high)), banded=low is not mean)
     parts.append(f'<line class="hair" x1="{LEFT}" x2="{LEFT}" y1="{top}" y2="{top + HEIGHT}"/>')
@@ -98,6 +87,39 @@ def lines(
         page.svg(parts, bottom, title), title=title, columns=columns, rows=rows, note=note, kind="lines",
         box=f"{LEFT} {top} {across} {HEIGHT}", x=f"{x_from:.9g} {x_to:.9g} {int(log_x)}",
     )  # fmt: skip
+
+
+def mark_shapes(
+    marks: Mapping[str, Sequence[float]], at_x: Callable, *, lane: int, color: int, top: float, height: float
+) -> list[str]:
+    """Shapes of a run's marks in its lane above a frame that begins at `top`; a resume has a line through the frame."""
+    parts = []
+    for name, places in marks.items():
+        where = [x for x, _ in _apart([(float(at_x(x)), x) for x in sorted(places)], APART)]
+        fill = "none" if name == "skipped" else _color(color)
+        y = LANE * lane + (6 if name == "evaluation" else 16)
+        parts += [
+            f'<path d="{SHAPES[name]}" transform="translate({x:.0f} {y})" style="fill:{fill};stroke:{_color(color)}"/>'
+            for x in where
+        ]
+        if name == "resume":
+            parts += [f'<path class="hair shown" d="M{x:.0f} {top:.1f}v{height:.1f}"/>' for x in where]
+    return parts
+
+
+def steps(first: int, end: int) -> list[int]:
+    """Round steps from the first to the end, and the end itself, round or not.
+
+    >>> steps(0, 45), steps(0, 1)
+    ([0, 10, 20, 30, 40, 45], [0, 1])
+    """
+    return [*(int(x) for x in ticks(first, end) if x % 1 == 0 and first <= x < end), end]
+
+
+def fitting(places: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Of labels at ascending places those that do not run into each other; the last is always among them."""
+    least = 8 + 6.2 * max(len(label) for _, label in places)
+    return [place for place in _apart(places[:-1], least) if places[-1][0] - place[0] >= least] + [places[-1]]
 
 
 def _color(number: int) -> str:
@@ -231,9 +253,9 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _apart(places: Sequence[tuple[float, float]], least: float) -> list[tuple[float, float]]:
-    """Of (place, x), ascending, those that are `least` apart: what would lie on each other is one."""
-    found: list[tuple[float, float]] = []
+def _apart(places: Sequence[tuple], least: float) -> list[tuple]:
+    """Of (place, anything), ascending, those that are `least` apart: what would lie on each other is one."""
+    found: list[tuple] = []
     for place in places:
         if not found or place[0] - found[-1][0] >= least:
             found.append(place)
