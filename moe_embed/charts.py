@@ -170,11 +170,13 @@ def bars(
     note: str = "",
     intervals: np.ndarray | None = None,
     share: bool = False,
+    colors: Sequence[int] = (),
 ) -> str:
     """A group of lying bars for each row, one of each series; values are 0 or above, `intervals` [R, S, 2] a whisker each.
 
-    `share` ends the scale at 1.
+    `share` ends the scale at 1. `colors` are the series', else they have the first ones.
     """
+    colors = colors or range(len(series))
     num_rows, num_series = value_RS.shape
     left, thick = min(16 + 6.2 * max(map(len, rows)), 210), 13
     across, each = page.WIDTH - left - 34, thick * num_series + 8
@@ -190,7 +192,7 @@ def bars(
             width, middle = across * value_RS[r, i] / most, y + thick * (i + 0.5)
             end = width
             parts.append(
-                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:{_color(i)}"/>'
+                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:{_color(colors[i])}"/>'
             )
             if intervals is not None:
                 low, end = (across * float(x) / most for x in intervals[r, i])
@@ -198,7 +200,9 @@ def bars(
             parts.append(f'<text x="{left + max(width, end) + 5:.1f}" y="{middle + 3:.1f}">{value_RS[r, i]:.3g}</text>')
     bottom = 12 + each * num_rows
     if num_series > 1:
-        legend, bottom = _legend([Line(name, (), (), color=i) for i, name in enumerate(series)], bottom + 12)
+        legend, bottom = _legend(
+            [Line(name, (), (), color=color) for color, name in zip(colors, series, strict=True)], bottom + 12
+        )
         parts.append(legend)
     columns, numbers = ["", *series], [[name, *map(float, of_row)] for name, of_row in zip(rows, value_RS, strict=True)]
     if intervals is not None:
