@@ -112,7 +112,7 @@ def shape_of_vectors(asked: Sequence[Asked]) -> str:
     if not rows:
         return said
     about = page.say(
-        f"Of a sample of {sampled([a.run for a in asked])}; of other texts the figures may be others. "
+        f"These figures are of a sample of {sampled([a.run for a in asked])}; of other texts they may be others. "
         "Alignment: mean squared distance of a pair, 0 is perfect. Uniformity of documents: log mean exp(-2 d²), lower is more spread "
         "(arXiv 2005.10242). Effective rank of documents: exp of the entropy of the singular values (Roy and Vetterli 2007)."
     )

@@ -81,7 +81,7 @@ def of_outputs(runs: Sequence[Run], results: Sequence[Mapping[str, Mapping]]) ->
     sized = [[size for kind in ("dims", "precisions") for size in sizes(tasks, kind)] for tasks in results]
     figures, said = [by_size(runs, results) if any(sized) else "", by_task(runs, results)], ""
     for run, of_run, tasks in zip(runs, sized, results, strict=True):
-        said += page.say(f"Test tasks of {run.name}: of {results_lib.says({'': tasks})}.")
+        said += page.say(f"Test tasks of {run.name}: measured with {results_lib.says({'': tasks})}.")
         if not of_run:
             some = any({"dims", "precisions"} & of_task.keys() for of_task in tasks.values())
             what = (

@@ -81,7 +81,7 @@ def test_a_matrix_of_translations(asked):
 
 def test_a_sample_of_the_training_pairs_says_so(asked):
     made = model_sections.shape_of_vectors([asked]) + model_sections.translations([asked])
-    assert "Of a sample of the training pairs;" in made
+    assert "These figures are of a sample of the training pairs;" in made
     assert re.search("the own translation is the nearest for [0-9]+% of 30 of the training pairs<", made)
     data = dataclasses.replace(asked.run.config.data, held_out=0.1)
     some_out = dataclasses.replace(asked.run, name="b", config=dataclasses.replace(asked.run.config, data=data))

@@ -83,7 +83,7 @@ def test_the_page_says_what_was_evaluated(runs, tmp_path):
     for of_task in result.values():
         of_task |= {"model": {"loaded": "runs/a (step 600)", "digest": "5f0c" * 8}, "date": "2026-11-24T03:10:00"}
     made = text(retrieval_section.quality(runs[:1], [result]))
-    assert "Test tasks of a: of runs/a (step 600), parameters 5f0c5f0c5f0c, 2026-11-24." in made
+    assert "Test tasks of a: measured with runs/a (step 600), parameters 5f0c5f0c5f0c, 2026-11-24." in made
 
 
 def test_dev_figures_of_two_runs(runs):
