@@ -63,11 +63,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--evaluation and --plan are drawn in the page: name it with --output=report.html.")
     runs = report_sections.read_runs(workdirs)
     if len(runs) != 1:
-        print(comparison(runs))
+        print(comparison(runs), *retrieval_section.held_out_of(runs), sep="\n")
         return
-    print(training(runs[0]))
-    if said := retrieval_section.held_out_says(runs[0]):
-        print(said)
+    print(training(runs[0]), *retrieval_section.held_out_of(runs), sep="\n")
     if runs[0].config.moe.num_experts:
         asked = model_sections.ask(runs[0])
         if missing := asked.no_model or asked.no_texts:

@@ -32,15 +32,19 @@ def held_out_says(run: Run) -> str:
     return f"Held-out pairs: nDCG@10 {means[0]:.1f} before training, {means[1]:.1f} after {steps}; {verdict}"
 
 
+def held_out_of(runs: Sequence[Run]) -> list[str]:
+    """What is said of each run's held-out pairs, with its name where there are several."""
+    said = [(run.name, sentence) for run in runs if (sentence := held_out_says(run))]
+    return [sentence if len(runs) == 1 else f"{name}: {sentence}" for name, sentence in said]
+
+
 def quality(runs: Sequence[Run], results: Sequence[Mapping[str, Mapping] | None], *, found: bool = False) -> str:
     """nDCG@10 over the steps; and by task, dimension and precision of evaluate's outputs, one a run in their order, None for none.
 
     Outputs that do not go together are a UserError, or, where they were `found` in the workdirs and not named, a sentence.
     """
     said, series, color = "", [], len(runs)
-    for run in runs:
-        if of_held_out := held_out_says(run):
-            said += page.say(f"{run.name}: {of_held_out}" if len(runs) > 1 else of_held_out)
+    said += "".join(map(page.say, held_out_of(runs)))
     for run in runs:
         if not run.evaluations:
             why = "a masked-language-model run searches for nothing" if run.config.loss.objective == "mlm" else (

@@ -227,6 +227,10 @@ def test_the_terminal_says_what_held_out_pairs_say(tmp_path, capsys):
     report.main([f"--workdir={tmp_path / 'one'}"])
     said = "Held-out pairs: nDCG@10 50.0 before training, 75.0 after 3 steps; it is better."
     assert said in capsys.readouterr().out.splitlines()
+    written_runs.write(tmp_path / "two", steps=3)
+    report.main([f"--workdir={tmp_path / 'one'},{tmp_path / 'two'}"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"one: {said}"
 
 
 @pytest.mark.parametrize(
