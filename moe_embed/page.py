@@ -42,7 +42,7 @@ p code { display: inline-block; max-width: 100%; overflow-wrap: anywhere; font-s
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 1rem; align-items: start; }
 figure { margin: 0; padding: .8rem .9rem .5rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
-.wide .picture, .memory .picture { overflow: auto hidden; } .wide svg { min-width: 760px; } .memory svg { min-width: 600px; }
+.wide .picture, .memory .picture { overflow: auto hidden; padding-top: 8px; } .wide svg { min-width: 760px; } .memory svg { min-width: 600px; }
 figcaption { font-size: .86rem; margin-bottom: .3rem; } figcaption b { font-weight: 600; } figcaption span { color: var(--faint); }
 svg { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, "DejaVu Sans", sans-serif; }
 svg text { fill: var(--faint); } svg .name { fill: var(--ink); } svg .grid-line { stroke: var(--line); stroke-width: 1; }
