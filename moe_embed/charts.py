@@ -5,7 +5,7 @@ Colour is never alone: a second run's curves are dashed, and marks have shapes.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -40,10 +40,12 @@ def lines(
     note: str = "",
     marks: Sequence[Mapping[str, Sequence[float]]] = (),
     log_x: bool = False,
+    share: bool = False,
 ) -> str:
     """Curves in one frame. `marks`: for each run, a name of SHAPES -> where on x; they stand above the frame, a lane a run, evaluations over the others.
 
-    `log_x` puts x on a scale of powers of two, with a tick at each x. "" where no curve has a finite point.
+    `log_x` puts x on a scale of powers of two, with a tick at each x. `share`: y is within 0 and 1, and so is its scale.
+    "" where no curve has a finite point.
     """
     drawn = [(line, *thin(line.x, line.y)) for line in series]
     drawn = [(line, x, low, mean, high) for line, x, low, mean, high in drawn if len(x)]
@@ -53,7 +55,7 @@ def lines(
     all_x, all_y = np.concatenate([of[1] for of in drawn]), np.concatenate([y for of in drawn for y in (of[2], of[4])])
     marked = [x for of_run in marks for places in of_run.values() for x in places]
     x_from, x_to = (float(end([*scaled(all_x), *marked])) for end in (min, max))
-    y_ticks = ticks(float(all_y.min()), float(all_y.max()))
+    y_ticks = ticks(float(all_y.min()), float(all_y.max()), share=share)
     y_from, y_to = y_ticks[0], y_ticks[-1]
     top = TOP + (LANE * len(marks) + 4 if marked else 0)
     across = page.WIDTH - LEFT - RIGHT
@@ -72,18 +74,7 @@ def lines(
         f'<text x="{page.WIDTH - RIGHT}" y="{top + HEIGHT + 30}" text-anchor="end">{page.text(x_label)}</text>'
     )
     for lane, of_run in enumerate(marks):
-        for name, places in of_run.items():
-            where = [x for x, _ in _apart([(float(at_x(x)), x) for x in sorted(places)], APART)]
-            fill, y = (
-                "none" if name == "skipped" else _color(lane),
-                LANE * lane + (6 if name == "evaluation" else 16),
-            )
-            parts += [
-                f'<path d="{SHAPES[name]}" transform="translate({x:.0f} {y})" style="fill:{fill};stroke:{_color(lane)}"/>'
-                for x in where
-            ]
-            if name == "resume":
-                parts += [f'<path class="hair shown" d="M{x:.0f} {top}v{HEIGHT}"/>' for x in where]
+        parts += mark_shapes(of_run, at_x, lane=lane, color=lane, top=top, height=HEIGHT)
     for line, x, low, mean, high in drawn:
         parts += _curve(line, at_x(x), *map(at_y, (low, mean, high)), banded=low is not mean)
     parts.append(f'<line class="hair" x1="{LEFT}" x2="{LEFT}" y1="{top}" y2="{top + HEIGHT}"/>')
@@ -96,6 +87,39 @@ def lines(
         page.svg(parts, bottom, title), title=title, columns=columns, rows=rows, note=note, kind="lines",
         box=f"{LEFT} {top} {across} {HEIGHT}", x=f"{x_from:.9g} {x_to:.9g} {int(log_x)}",
     )  # fmt: skip
+
+
+def mark_shapes(
+    marks: Mapping[str, Sequence[float]], at_x: Callable, *, lane: int, color: int, top: float, height: float
+) -> list[str]:
+    """Shapes of a run's marks in its lane above a frame that begins at `top`; a resume has a line through the frame."""
+    parts = []
+    for name, places in marks.items():
+        where = [x for x, _ in _apart([(float(at_x(x)), x) for x in sorted(places)], APART)]
+        fill = "none" if name == "skipped" else _color(color)
+        y = LANE * lane + (6 if name == "evaluation" else 16)
+        parts += [
+            f'<path d="{SHAPES[name]}" transform="translate({x:.0f} {y})" style="fill:{fill};stroke:{_color(color)}"/>'
+            for x in where
+        ]
+        if name == "resume":
+            parts += [f'<path class="hair shown" d="M{x:.0f} {top:.1f}v{height:.1f}"/>' for x in where]
+    return parts
+
+
+def steps(first: int, end: int) -> list[int]:
+    """Round steps from the first to the end, and the end itself, round or not.
+
+    >>> steps(0, 45), steps(0, 1)
+    ([0, 10, 20, 30, 40, 45], [0, 1])
+    """
+    return [*(int(x) for x in ticks(first, end) if x % 1 == 0 and first <= x < end), end]
+
+
+def fitting(places: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Of labels at ascending places those that do not run into each other; the last is always among them."""
+    least = 8 + 6.2 * max(len(label) for _, label in places)
+    return [place for place in _apart(places[:-1], least) if places[-1][0] - place[0] >= least] + [places[-1]]
 
 
 def _color(number: int) -> str:
@@ -146,11 +170,13 @@ def bars(
     note: str = "",
     intervals: np.ndarray | None = None,
     share: bool = False,
+    colors: Sequence[int] = (),
 ) -> str:
     """A group of lying bars for each row, one of each series; values are 0 or above, `intervals` [R, S, 2] a whisker each.
 
-    `share` ends the scale at 1.
+    `share` ends the scale at 1. `colors` are the series', else they have the first ones.
     """
+    colors = colors or range(len(series))
     num_rows, num_series = value_RS.shape
     left, thick = min(16 + 6.2 * max(map(len, rows)), 210), 13
     across, each = page.WIDTH - left - 34, thick * num_series + 8
@@ -166,7 +192,7 @@ def bars(
             width, middle = across * value_RS[r, i] / most, y + thick * (i + 0.5)
             end = width
             parts.append(
-                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:{_color(i)}"/>'
+                f'<rect x="{left:.1f}" y="{y + thick * i}" width="{width:.1f}" height="{thick - 2}" style="fill:{_color(colors[i])}"/>'
             )
             if intervals is not None:
                 low, end = (across * float(x) / most for x in intervals[r, i])
@@ -174,7 +200,9 @@ def bars(
             parts.append(f'<text x="{left + max(width, end) + 5:.1f}" y="{middle + 3:.1f}">{value_RS[r, i]:.3g}</text>')
     bottom = 12 + each * num_rows
     if num_series > 1:
-        legend, bottom = _legend([Line(name, (), (), color=i) for i, name in enumerate(series)], bottom + 12)
+        legend, bottom = _legend(
+            [Line(name, (), (), color=color) for color, name in zip(colors, series, strict=True)], bottom + 12
+        )
         parts.append(legend)
     columns, numbers = ["", *series], [[name, *map(float, of_row)] for name, of_row in zip(rows, value_RS, strict=True)]
     if intervals is not None:
@@ -197,14 +225,17 @@ def thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray
     return np.array([part[0] for part in np.array_split(x, BUCKETS)]), low, mean, high
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers that span low to high.
+def ticks(low: float, high: float, *, share: bool = False) -> list[float]:
+    """Four to seven round numbers that span low to high; of one value alone some to both sides, of a share none beyond 0 and 1.
+
+    None lies below 0 where no value does: most of what is drawn cannot be negative.
 
     >>> ticks(0.3, 3.9)
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+        most = max(1.0, high) if share else np.inf
+        low, high = low - abs(low) / 2, min(high + (abs(high) / 2 or 1.0), most)
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(
         power * k for k in (1, 2, 2.5, 5, 10) if math.ceil(high / (power * k)) - math.floor(low / (power * k)) <= 6
@@ -226,9 +257,9 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _apart(places: Sequence[tuple[float, float]], least: float) -> list[tuple[float, float]]:
-    """Of (place, x), ascending, those that are `least` apart: what would lie on each other is one."""
-    found: list[tuple[float, float]] = []
+def _apart(places: Sequence[tuple], least: float) -> list[tuple]:
+    """Of (place, anything), ascending, those that are `least` apart: what would lie on each other is one."""
+    found: list[tuple] = []
     for place in places:
         if not found or place[0] - found[-1][0] >= least:
             found.append(place)

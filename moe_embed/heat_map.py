@@ -4,15 +4,26 @@ The two sides of the scale are two hues that fade into the page: the same pictur
 alone tells how far a value is from the middle.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_embed import fields, page
+from moe_embed import charts, fields, page
 
 LEVELS = 10  # shades on a side
 RIGHT = 10  # of the map, in the units of its viewBox
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """What stands below a map whose columns are stretches of something, instead of their names: (place, label) ascending, and a
+    run's `marks` above it, as charts.lines has them. Places are in columns from the left edge."""
+
+    ticks: Sequence[tuple[float, str]]
+    marks: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    color: int = 0
 
 
 def heat_map(
@@ -27,6 +38,7 @@ def heat_map(
     note: str = "",
     shown: np.ndarray | None = None,
     wide: bool = False,
+    axis: Axis | None = None,
 ) -> str:
     """A cell for each value: vermilion above 0 and blue below, the stronger the nearer to `limit` and -limit.
 
@@ -43,6 +55,8 @@ def heat_map(
     gap = 0.8 if min(width, down) > 5 else 0.0
     tilted = max(map(len, columns), default=0) * 6.2 > width and width > 9
     top = 8 + (min(max(map(len, columns)), 26) * 4.6 if tilted else 14)
+    if axis:
+        top = charts.TOP + (charts.LANE + 4 if any(axis.marks.values()) else 0)
     level_RC = np.clip(np.rint(LEVELS * value_RC / limit), -LEVELS, LEVELS).astype(int)
     parts = [f'<rect class="empty" x="{left:.1f}" y="{top:.1f}" width="{across:.1f}" height="{down * num_rows:.1f}"/>']
     for level in sorted(set(level_RC.ravel().tolist()) - {0}):
@@ -60,13 +74,19 @@ def heat_map(
             f'<text class="name" x="{left - 6:.1f}" y="{y:.1f}" text-anchor="end">{page.text(fields.cut(rows[r], int((left - 12) / 6)))}</text>'
         )
     every = 1 if tilted else max(1, math.ceil((8 + 6.5 * max(map(len, columns))) / width))
-    for c in range(0, num_columns, every):
+    for c in range(0, 0 if axis else num_columns, every):
         x, name = left + width * (c + 0.5), page.text(fields.cut(columns[c], 26))
         turn = (
             f' transform="rotate(-48 {x:.1f} {top - 5:.1f})" text-anchor="start"' if tilted else ' text-anchor="middle"'
         )
         parts.append(f'<text class="name" x="{x:.1f}" y="{top - 5:.1f}"{turn}>{name}</text>')
     bottom = top + down * num_rows + 12
+    if axis:
+        at_x = lambda place: left + width * place  # noqa: E731
+        parts += charts.mark_shapes(axis.marks, at_x, lane=0, color=axis.color, top=top, height=down * num_rows)
+        for x, label in charts.fitting([(at_x(place), label) for place, label in axis.ticks]):
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 3:.1f}" text-anchor="middle">{page.text(label)}</text>')
+        bottom += 14
     parts.append(_scale(low, high, x=left, y=bottom))
     numbers = value_RC if shown is None else shown
     table = ([name, *map(float, of_row)] for name, of_row in zip(rows, numbers, strict=True))

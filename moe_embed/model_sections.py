@@ -112,13 +112,18 @@ def shape_of_vectors(asked: Sequence[Asked]) -> str:
     if not rows:
         return said
     about = page.say(
+        f"These figures are of a sample of {sampled([a.run for a in asked])}; of other texts they may be others. "
         "Alignment: mean squared distance of a pair, 0 is perfect. Uniformity of documents: log mean exp(-2 d²), lower is more spread "
         "(arXiv 2005.10242). Effective rank of documents: exp of the entropy of the singular values (Roy and Vetterli 2007)."
     )
     table = page.table(["run", "source", "pairs or texts", "alignment", "uniformity", "effective rank", "of"], rows)
     figures = [
         charts.lines(
-            cosines, title="cosine of pairs, and of texts that are none", x_label="cosine", note="share of each"
+            cosines,
+            title="cosine of pairs, and of texts that are none",
+            x_label="cosine",
+            share=True,
+            note="share of each",
         ),
         charts.lines(
             spectra,
@@ -128,6 +133,16 @@ def shape_of_vectors(asked: Sequence[Asked]) -> str:
         ),
     ]
     return about + said + table + page.grid(figures)
+
+
+def sampled(runs: Sequence[Run]) -> str:
+    """What run_texts reads of these runs: it does not leave out what a run kept out."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        kind = "texts" if run.config.loss.objective == "mlm" else "pairs"
+        more = " and the held-out ones" if run.config.data.held_out else ""
+        names.setdefault(f"the training {kind}{more}", []).append(run.name)
+    return ", ".join(what if len(names) == 1 else f"{what} ({', '.join(of)})" for what, of in names.items())
 
 
 def _figures(query_ND: np.ndarray | None, x_ND: np.ndarray, alone_ND: np.ndarray) -> list:
@@ -163,8 +178,10 @@ def translations(asked: Sequence[Asked]) -> str:
             continue
         if own := a.texts.translations if a.texts else []:
             rows = [(pair.lang, pair.query, pair.document) for pair in own]
+            what = f"{len(rows)} of {sampled([a.run])}"
         else:
             rows = run_texts.PARALLEL
+            what = f"{len(rows)} that come with this program"
             said += page.say(
                 f"{a.run.name} has no cross-lingual pairs to show: these sentences come with this program."
             )
@@ -176,7 +193,8 @@ def translations(asked: Sequence[Asked]) -> str:
         own_is_best = float((cosine_NC.argmax(1) == np.arange(len(rows))).mean())
         figures.append(heat_map.heat_map(
             cosine_NC - mean, limit=limit, shown=cosine_NC, rows=[f"{lang}  {query}" for lang, query, _ in rows], columns=[row[2] for row in rows],
-            title=f"{a.run.name}: sentences and their translations", low=f"cosine {mean - limit:.2f} or less", high=f"{mean + limit:.2f}", wide=True,
-            note=f"the own translation is the nearest for {own_is_best:.0%} of {len(rows)}",
+            title=f"{a.run.name}: sentences and their translations", low=f"cosine {mean - limit:.2f} or less",
+            high=f"{mean + limit:.2f}; the middle is the mean of all, {mean:.2f}", wide=True,
+            note=f"the own translation is the nearest for {own_is_best:.0%} of {what}",
         ))  # fmt: skip
     return said + page.grid(figures)

@@ -7,6 +7,7 @@ read them back to say what is under the pointer, and without JavaScript everythi
 import csv
 import html
 import io
+import re
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,6 +16,10 @@ from moe_embed import fields
 # Okabe and Ito, "Color Universal Design" (2008), as in Wong, Nature Methods 8:441 (2011): told apart by the colour-blind. In this
 # order so that neighbours differ in lightness too. The blue and the vermilion are also the two sides of a heat map.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+
+COMMAND = re.compile(
+    r"(?:(?<!\S)--|python -m )[a-z][^\s,;]*[^\s,;:.)]"
+)  # a flag with its value, or a command, in a sentence
 
 WIDTH = 460  # of a picture that is not wide, in the units of its viewBox
 
@@ -32,10 +37,12 @@ h2 { font-size: 1.2rem; margin: 3rem 0 .2rem; padding-top: .9rem; border-top: 1p
 h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
 p { margin: .3rem 0 .8rem; max-width: 76ch; } .lead, nav { color: var(--faint); }
 nav a, a { color: var(--c0); text-decoration: none; } a:hover { text-decoration: underline; } nav a { margin-right: 1.1em; }
+p code { display: inline-block; max-width: 100%; overflow-wrap: anywhere; font-size: .92em; } /* a flag is not cut at its hyphens */
 .missing { color: var(--faint); border-left: 3px solid var(--line); padding-left: .8em; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 1rem; align-items: start; }
 figure { margin: 0; padding: .8rem .9rem .5rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
+.wide .picture, .memory .picture { overflow: auto hidden; padding-top: 8px; } .wide svg { min-width: 760px; } .memory svg { min-width: 600px; }
 figcaption { font-size: .86rem; margin-bottom: .3rem; } figcaption b { font-weight: 600; } figcaption span { color: var(--faint); }
 svg { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, "DejaVu Sans", sans-serif; }
 svg text { fill: var(--faint); } svg .name { fill: var(--ink); } svg .grid-line { stroke: var(--line); stroke-width: 1; }
@@ -51,7 +58,7 @@ th, td { text-align: right; padding: .25rem .9rem .25rem 0; border-bottom: 1px s
 th { font-weight: 500; color: var(--faint); } td:first-child, th:first-child, .word { text-align: left; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: var(--faint); }
 pre { font-size: .78rem; overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }
-@media print { body { max-width: none; } figure { break-inside: avoid; } }
+@media print { body { max-width: none; } figure svg { min-width: 0 !important; } figure { break-inside: avoid; } }
 """
 
 # What is under the pointer, read from the figure's own CSV.
@@ -124,7 +131,8 @@ def figure(
     attributes = "".join(f' data-{name}="{text(value)}"' for name, value in ({"kind": kind} | data).items() if value)
     file = "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
     return (
-        f'<figure class="{kind}"{attributes}><figcaption><b>{text(title)}</b> <span>{text(note)}</span></figcaption>{svg}'
+        f'<figure class="{kind}"{attributes}><figcaption><b>{text(title)}</b> <span>{text(note)}</span></figcaption>'
+        f'<div class="picture">{svg}</div>'
         f'<p class="foot"><a download="{file}.csv" href="{as_link(columns, rows)}">CSV</a><output></output></p></figure>\n'
     )
 
@@ -151,9 +159,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 
 def say(sentence: str, *, missing: bool = False) -> str:
-    """A paragraph; of what is not there, set apart."""
+    """A paragraph; of what is not there, set apart. Flags and commands in it are code, so that no line ends within one."""
     kind = ' class="missing"' if missing else ""
-    return f"<p{kind}>{text(sentence)}</p>\n"
+    said, end = "", 0
+    for found in COMMAND.finditer(sentence):
+        said += f"{text(sentence[end : found.start()])}<code>{text(found[0])}</code>"
+        end = found.end()
+    return f"<p{kind}>{said}{text(sentence[end:])}</p>\n"
 
 
 def grid(figures: Iterable[str]) -> str:

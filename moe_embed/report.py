@@ -5,9 +5,10 @@
     python -m moe_embed.report --workdir=runs/a,runs/b --output=report.html --evaluation=a.json,b.json --plan=plan.json
     python -m moe_embed.report --workdir=runs/ablations/top1-seed0,runs/ablations/top1-seed1,runs/ablations/top2-seed0
 
-In the terminal: the loss, the held-out figures, and which experts read which language; several runs become a table of their last
+In the terminal: the loss, the held-out figures and their verdict, and which experts read which language; several runs become a table of their last
 dev figures, runs whose paths differ in -seedN alone in one row. The page has curves, experts over time and by language and source, how
-the vectors lie, nDCG@10 by dimension and precision (--evaluation: outputs of evaluate, in the runs' order), a matrix of
+the vectors lie, nDCG@10 by dimension and precision (--evaluation: outputs of evaluate, in the runs' order;
+else those in the workdirs), a matrix of
 translations and a plan's memory; several runs are laid over each other. It is drawn with what is there, and says what is not.
 """
 
@@ -42,7 +43,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, help="what train wrote; several, separated by commas, are compared")
     parser.add_argument("--output", type=pathlib.Path, help="an HTML file to write, instead of text")
     parser.add_argument(
-        "--evaluation", default="", help="for the page: evaluate's output, one a run, separated by commas"
+        "--evaluation",
+        default="",
+        help="for the page: evaluate's output, one a run, separated by commas "
+        f"(default: WORKDIR/{retrieval_section.EVALUATION} where there)",
     )
     parser.add_argument(
         "--plan", type=pathlib.Path, help=f"for the page: plan's output (default: WORKDIR/{PLAN} if there)"
@@ -59,9 +63,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--evaluation and --plan are drawn in the page: name it with --output=report.html.")
     runs = report_sections.read_runs(workdirs)
     if len(runs) != 1:
-        print(comparison(runs))
+        print(comparison(runs), *retrieval_section.held_out_of(runs), sep="\n")
         return
-    print(training(runs[0]))
+    print(training(runs[0]), *retrieval_section.held_out_of(runs), sep="\n")
     if runs[0].config.moe.num_experts:
         asked = model_sections.ask(runs[0])
         if missing := asked.no_model or asked.no_texts:
@@ -82,7 +86,7 @@ def write_page(
     runs = report_sections.read_runs(workdirs)
     if evaluations and len(evaluations) != len(runs):
         raise UserError(f"--evaluation names {len(evaluations)} files and --workdir {len(runs)} runs; give one a run.")
-    measured = [next(iter(results.read(path, "--evaluation").values())) for path in evaluations]
+    measured = evaluations_of(runs, evaluations)
     there = [run.workdir / PLAN for run in runs if bucket.is_file(run.workdir / PLAN)]
     plan = there[0] if plan is None and there else plan
     planned = report_sections.read_plan(plan) if plan else None
@@ -96,13 +100,20 @@ def write_page(
             "routers": ("Experts over time", report_sections.routers(runs)),
             "maps": ("Experts by language and source", model_sections.maps(asked)),
             "vectors": ("How the vectors lie", model_sections.shape_of_vectors(asked)),
-            "quality": ("Retrieval", retrieval_section.quality(runs, measured)),
+            "quality": ("Retrieval", retrieval_section.quality(runs, measured, found=not evaluations)),
             "translations": ("Translations", model_sections.translations(asked)),
             "memory": ("Memory", report_sections.memory(planned)),
         },
     )
     output.write_text(written, "utf-8")
     print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB; open it in a browser.")
+
+
+def evaluations_of(runs: Sequence[Run], named: Sequence[pathlib.Path]) -> list[dict[str, dict] | None]:
+    """What evaluate measured of each run, by task: of the files that are named, else of those in the workdirs, None for none."""
+    paths = named or [run.workdir / retrieval_section.EVALUATION for run in runs]
+    read = lambda path: next(iter(results.read(path, "--evaluation").values()))  # noqa: E731
+    return [read(path) if named or bucket.is_file(path) else None for path in paths]
 
 
 def comparison(runs: Sequence[Run]) -> str:

@@ -19,6 +19,7 @@ CURVES = {
     "loss": "loss", "accuracy": "accuracy", "learning_rate": "learning rate", "gradient_norm": "gradient norm",
     "tokens_per_second": "useful tokens/s",
 }  # fmt: skip
+SHARES = ("accuracy",)  # of the curves: within 0 and 1
 NEEDED = {"metrics": ("loss",), "evaluations": ("ndcg",), "events": ("event", "time")}  # in every row of a file
 CELLS = 12_000  # of all maps of experts over time together; what a run has more is averaged
 
@@ -119,12 +120,18 @@ def training(runs: Sequence[Run]) -> str:
                 f"{run.name} has no goodput over steps: fewer than two saves are in its events.jsonl.", missing=True
             )
     figures = [
-        charts.lines([run.line(run.name, *run.of(name)) for run in runs], title=label, x_label="step", marks=marks)
+        charts.lines(
+            [run.line(run.name, *run.of(name)) for run in runs],
+            title=label,
+            x_label="step",
+            marks=marks,
+            share=name in SHARES,
+        )
         for name, label in CURVES.items()
     ]
     figures.append(charts.lines(
         [run.line(run.name, *goodput(run), points=True) for run in runs if len(goodput(run)[0]) > 1], title="goodput",
-        x_label="step", marks=marks, note="share of the time since the run first began that went into steps that count",
+        x_label="step", marks=marks, share=True, note="share of the time since the run first began that went into steps that count",
     ))  # fmt: skip
     keys = page.say(
         "Above each frame: ▲ save, ◆ resume, ✕ skipped step, ● evaluation; where many are near, one stands for them. A long curve is the "
@@ -172,7 +179,9 @@ def routers(runs: Sequence[Run]) -> str:
     curves = {"expert_utilisation": "experts at work, share of all (worst layer)", "dead_expert_frac": "dead experts, share (worst layer)"}  # fmt: skip
     for name, label in curves.items():
         some = [run.line(run.name, *run.of(name)) for run in runs if run.of(name)[0]]
-        figures.append(charts.lines(some, title=label, x_label="step"))
+        figures.append(
+            charts.lines(some, title=label, x_label="step", marks=[marks_of(run) for run in runs], share=True)
+        )
     for run in runs:
         rows = [row for row in run.rows if np.isfinite(row["loss"])] if run.config.moe.num_experts else []
         load_TRE = loads(rows)
@@ -184,14 +193,22 @@ def routers(runs: Sequence[Run]) -> str:
         parts = np.array_split(np.arange(len(rows)), min(num_bins, len(rows)))
         mean_CRE = np.stack([load_TRE[part].mean(0) for part in parts])
         columns = [charts.short(rows[part[0]]["step"]) for part in parts]
+        axis = step_axis(run, [rows[part[0]]["step"] for part in parts], end=rows[-1]["step"] + 1)
         for r in range(load_TRE.shape[1]):
             load_EC = mean_CRE[:, r].T
             figures.append(heat_map.heat_map(
                 np.log2(np.maximum(load_EC, 2.0**-6)), shown=load_EC, limit=2.0, rows=[f"e{e}" for e in range(len(load_EC))],
                 columns=columns, title=f"{run.name}: mixture layer {r + 1}", note="expert x step; CSV: share of the choices times E",
-                low="a quarter of an even share", high="4 x",
+                low="a quarter of an even share", high="4 x", axis=axis,
             ))  # fmt: skip
     return said + page.grid(figures)
+
+
+def step_axis(run: Run, starts: Sequence[int], *, end: int) -> heat_map.Axis:
+    """Round steps and the run's marks along columns that begin at these steps; `end` is the last step's end."""
+    at = lambda step: float(np.interp(step, [*starts, end], range(len(starts) + 1)))  # noqa: E731
+    marks = {name: list(map(at, steps)) for name, steps in marks_of(run).items()}
+    return heat_map.Axis([(at(step), charts.short(step)) for step in charts.steps(starts[0], end)], marks, run.index)
 
 
 def memory(plan: Mapping | None) -> str:

@@ -119,6 +119,35 @@ def test_ticks_span_the_values(low, high):
     assert found == sorted(set(found))
 
 
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 2), (0, 45), (0, 600), (0, 603), (17, 90), (0, 123_456)])
+def test_steps_are_round_and_end_with_the_last(first, end):
+    *round_steps, last = charts.steps(first, end)
+    assert last == end
+    assert first <= round_steps[0] if round_steps else first > 0
+    assert len({b - a for a, b in itertools.pairwise(round_steps)}) <= 1
+    assert all(step % (round_steps[1] - round_steps[0]) == 0 for step in round_steps[:1] if len(round_steps) > 1)
+    assert 2 <= len(charts.steps(first, end)) <= 9
+
+
+def test_labels_that_would_run_into_each_other_make_room_for_the_last():
+    places = [(0.0, "0"), (50.0, "100"), (55.0, "110"), (100.0, "200"), (110.0, "212")]
+    assert charts.fitting(places) == [places[0], places[1], places[4]]
+    assert charts.fitting(places[:1]) == places[:1]
+
+
+def test_a_scale_does_not_go_where_values_cannot():
+    assert charts.ticks(0, 0)[0] == 0
+    assert charts.ticks(0, 0, share=True) == charts.ticks(0, 1)
+    assert charts.ticks(1, 1)[-1] > 1 == charts.ticks(1, 1, share=True)[-1]
+    assert charts.ticks(-5, -5)[-1] > -5
+    flat = charts.lines([Line("a", [0, 1], [0.0, 0.0])], title="t", x_label="step")
+    assert ">-" not in flat
+    full = [
+        charts.lines([Line("a", [0, 1], [1.0, 1.0])], title="t", x_label="step", share=share) for share in (False, True)
+    ]
+    assert [">1.2</text>" in made or ">1.25</text>" in made for made in full] == [True, False]
+
+
 def test_a_tiny_curve_and_a_run_of_one_step_are_drawn():
     made = charts.lines([Line("a", [0, 1], [1e-14, 3e-14])], title="t", x_label="step")
     assert len({point.split(",")[1] for point in attributes(made, "polyline")[0]["points"].split()}) == 2

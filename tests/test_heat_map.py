@@ -3,8 +3,9 @@
 import re
 
 import numpy as np
+import pytest
 
-from moe_embed import heat_map
+from moe_embed import charts, heat_map
 from tests.test_charts import attributes, numbers
 
 
@@ -39,6 +40,20 @@ def test_a_cell_lies_in_its_row_and_column():
     x, y = map(float, re.match(r"M([\d.]+) ([\d.]+)h", path["d"]).groups())
     assert abs(x - (left + width * 3 / 5)) < 0.1
     assert abs(y - (top + height * 2 / 4)) < 0.1
+
+
+def test_an_axis_stands_below_instead_of_the_columns_names():
+    axis = heat_map.Axis([(0, "0"), (3, "30"), (5, "45")], {"save": [5], "resume": [2.5]}, color=3)
+    made = draw(np.ones((2, 5)), axis=axis)
+    left, top, width, height = map(float, attributes(made, "figure")[0]["data-box"].split())
+    labels = [(float(a["x"]), float(a["y"])) for a in attributes(made, "text") if a.get("text-anchor") == "middle"]
+    assert [x for x, _ in labels] == pytest.approx([left, left + width * 3 / 5, left + width], abs=0.1)
+    assert all(y > top + height for _, y in labels)
+    marks = [a for a in attributes(made, "path") if "transform" in a]
+    assert [a["d"] for a in marks] == [charts.SHAPES["save"], charts.SHAPES["resume"]]
+    assert all("--c3" in a["style"] for a in marks)
+    assert ">c0</text>" not in made
+    assert ">c0</text>" in draw(np.ones((2, 5)))
 
 
 def test_thousands_of_cells_stay_small():

@@ -1,6 +1,8 @@
 """What the report asks the model: of a small one with random weights, and where there is no model or no data."""
 
+import dataclasses
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -73,6 +75,21 @@ def test_a_matrix_of_translations(asked):
     first = asked.model.encode([pairs[0].query], "query") @ asked.model.encode([pairs[4].document], "document").T
     assert float(table[1][5]) == pytest.approx(first.item(), abs=1e-4)
     assert table[1][1] != table[1][2]
+    mean = np.mean([[float(x) for x in row[1:]] for row in table[1:]])
+    assert f"; the middle is the mean of all, {mean:.2f}</text>" in made
+
+
+def test_a_sample_of_the_training_pairs_says_so(asked):
+    made = model_sections.shape_of_vectors([asked]) + model_sections.translations([asked])
+    assert "These figures are of a sample of the training pairs;" in made
+    assert re.search("the own translation is the nearest for [0-9]+% of 30 of the training pairs<", made)
+    data = dataclasses.replace(asked.run.config.data, held_out=0.1)
+    some_out = dataclasses.replace(asked.run, name="b", config=dataclasses.replace(asked.run.config, data=data))
+    assert model_sections.sampled([some_out]) == "the training pairs and the held-out ones"
+    assert (
+        model_sections.sampled([asked.run, some_out])
+        == "the training pairs (run), the training pairs and the held-out ones (b)"
+    )
 
 
 def test_no_picture_where_there_is_nothing(tmp_path):
@@ -81,6 +98,7 @@ def test_no_picture_where_there_is_nothing(tmp_path):
     assert "there is no alignment" in model_sections.shape_of_vectors([dense])
     built_in = model_sections.translations([dense])
     assert "these sentences come with this program" in built_in
+    assert "training pairs" not in built_in
     assert len(links(built_in)[0]) - 1 == len(run_texts.PARALLEL)
     (tmp_path / "dense/one.jsonl").unlink()
     shutil.rmtree(tmp_path / "dense/checkpoints")

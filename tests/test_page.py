@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import io
+import re
 import urllib.parse
 
 from moe_embed import page
@@ -67,6 +68,25 @@ def test_text_stays_text():
     read = Read(made)
     assert [tag for tag, _, _ in read.elements].count("script") == 1
     assert read.text["a"].count(evil) >= 4
+
+
+def test_a_flag_in_a_sentence_is_one_piece():
+    made = page.say(
+        "give evaluate's <output> as --evaluation=r&d.json, or with --dims. A -- b, x--y, or python -m moe_embed.plan."
+    )
+    assert re.findall("<code>(.*?)</code>", made) == ["--evaluation=r&amp;d.json", "--dims", "python -m moe_embed.plan"]
+    assert "&lt;output&gt; as <code>" in made
+    assert made.endswith("</code>.</p>\n")
+
+
+def test_wide_pictures_scroll_in_their_box():
+    made = page.figure(page.svg([], 9, "t"), title="t", columns=[], rows=[], kind="map wide")
+    assert [(tag, attributes.get("class")) for tag, attributes, _ in Read(made).elements][4:6] == [
+        ("div", "picture"),
+        ("svg", None),
+    ]
+    assert re.search(r"\.wide \.picture[^}]*overflow: auto", page.STYLE)
+    assert re.search(r"\.wide svg { min-width: \d+px", page.STYLE)
 
 
 def test_a_table_by_hand():

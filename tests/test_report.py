@@ -1,5 +1,6 @@
 """A run at a glance: sparklines and the picture of the experts, by hand and for a real tiny model."""
 
+import json
 import math
 import pathlib
 import re
@@ -204,6 +205,32 @@ def test_the_page_says_what_is_not_there(tmp_path):
     written_runs.plan(tmp_path / "plain/plan.json")
     report.main([f"--workdir={tmp_path / 'plain'}", f"--output={tmp_path / 'r.html'}"])
     assert "fits: 7.5 of 14.9 GiB" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_an_evaluation_in_the_workdir_is_found(tmp_path):
+    written_runs.write(tmp_path / "one", steps=3)
+    flags = [f"--workdir={tmp_path / 'one'}", f"--output={tmp_path / 'r.html'}"]
+    report.main(flags)
+    assert "nDCG@10 by task" not in (tmp_path / "r.html").read_text("utf-8")
+    written_runs.evaluation(tmp_path / "one/evaluation.json")
+    report.main(flags)
+    assert "nDCG@10 by task" in (tmp_path / "r.html").read_text("utf-8")
+    written_runs.evaluation(tmp_path / "other.json", dims=False)
+    report.main([*flags, f"--evaluation={tmp_path / 'other.json'}"])
+    assert "nDCG@10 by dimension" not in (tmp_path / "r.html").read_text("utf-8")  # the named one wins
+
+
+def test_the_terminal_says_what_held_out_pairs_say(tmp_path, capsys):
+    written_runs.write(tmp_path / "one", steps=3)
+    found = {"before": {"q": 0.5}, "after": {"q": 0.75}, "steps": 3, "verdict": "it is better."}
+    (tmp_path / "one/held_out.json").write_text(json.dumps(found))
+    report.main([f"--workdir={tmp_path / 'one'}"])
+    said = "Held-out pairs: nDCG@10 50.0 before training, 75.0 after 3 steps; it is better."
+    assert said in capsys.readouterr().out.splitlines()
+    written_runs.write(tmp_path / "two", steps=3)
+    report.main([f"--workdir={tmp_path / 'one'},{tmp_path / 'two'}"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"one: {said}"
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,14 @@ def test_every_section_is_drawn_and_answers_the_pointer(tmp_path):
     assert "Cannot read properties of null" in console[0]  # an error is heard
 
 
+def test_wide_pictures_stay_legible_on_a_narrow_screen(tmp_path):
+    found, _ = look(tmp_path, "--window-size=500,900")
+    assert not found["wide"]  # they scroll in their own box
+    assert all(width >= 760 for width, _ in found["sections"]["translations"])
+    assert all(width >= 600 for width, _ in found["sections"]["memory"])
+    assert all(width < 500 for width, _ in found["sections"]["training"])
+
+
 HAIR = """
 <script>
 const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
-from moe_embed import report_sections
+from moe_embed import charts, report_sections
 from moe_embed.config import UserError
 from tests import written_runs
 from tests.test_charts import attributes
@@ -57,6 +58,26 @@ def test_experts_over_time_are_the_mean_of_each_stretch(tmp_path):
     assert float(experts[2][1]) == pytest.approx(run.rows[0]["router_load/0/2"], rel=1e-4)
     run.rows[0]["router_load/0/2"] += 1
     assert report_sections.routers([run]) != section
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels"),
+    [(1, ["0", "1"]), (45, ["0", "10", "20", "30", "40", "45"]), (50, ["0", "10", "20", "30", "40", "50"])],
+)
+def test_experts_over_time_have_round_steps_and_the_curves_marks(tmp_path, steps, labels):
+    run = run_of(tmp_path, steps=steps)
+    made = [figure for figure in report_sections.routers([run]).split("<figure") if "mixture layer 1" in figure]
+    assert re.findall(r'text-anchor="middle">([^<]+)</text>', made[0]) == labels
+    assert [charts.SHAPES[name] in made[0] for name in ("save", "resume", "skipped")] == [
+        steps > 20,
+        steps > 20,
+        steps > 7,
+    ]
+
+
+def test_a_share_of_zero_has_the_scale_of_a_share(tmp_path):
+    (dead,) = [f for f in report_sections.routers([run_of(tmp_path)]).split("<figure") if "dead experts" in f]
+    assert re.findall(r'text-anchor="end">([^<]+)</text>', dead)[:-1] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
 
 
 def test_large_runs_stay_small(tmp_path):

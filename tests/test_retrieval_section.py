@@ -1,6 +1,8 @@
 """The section on retrieval: figures by step, dimension, precision and task."""
 
+import html
 import json
+import re
 
 import pytest
 
@@ -27,11 +29,70 @@ def links(made):
     return [read_link(a["href"]) for a in attributes(made, "a")]
 
 
+def text(made):
+    return html.unescape(re.sub("<[^>]+>", "", made))
+
+
+HELD_OUT = {"before": {"q": 0.5, "r": 0.25}, "after": {"q": 1.0, "r": 0.5}, "steps": 45, "verdict": "it is better."}
+SAID = "Held-out pairs: nDCG@10 37.5 before training, 75.0 after 45 steps; it is better."
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [
+        (HELD_OUT, SAID),
+        (HELD_OUT | {"after": {"x": 1.0}, "verdict": "no verdict: the data has changed."}, "Held-out pairs: no verdict: the data has changed."),
+        ({"before": {"q": 0.5}}, ""),
+        ({}, ""),
+        (HELD_OUT | {"after": {"q": "high"}}, "held_out.json is damaged"),
+        (HELD_OUT | {"after": {"q": float("nan")}}, "held_out.json is damaged"),
+        (HELD_OUT | {"before": {}}, "held_out.json is damaged"),
+        (HELD_OUT | {"before": [1.0]}, "held_out.json is damaged"),
+        ([], "held_out.json is damaged"),
+        (None, "held_out.json is damaged"),
+    ],
+)  # fmt: skip
+def test_what_held_out_pairs_say(runs, held_out, said):
+    path = runs[0].workdir / "held_out.json"
+    assert retrieval_section.held_out_says(runs[0]) == ""
+    path.write_text(json.dumps(held_out) if held_out is not None else '{"before": {"q": 0')
+    found = retrieval_section.held_out_says(runs[0])
+    assert said in found if said else found == ""
+    assert found in text(retrieval_section.quality(runs[:1], []))
+    if said:
+        assert f"a: {found}" in text(retrieval_section.quality(runs, []))
+
+
+def test_a_run_that_was_not_evaluated_beside_one_that_was(runs, tmp_path):
+    made = retrieval_section.quality(runs, [None, read(tmp_path)])
+    assert "test tasks of a: give" in text(made)
+    bars = made[made.index('aria-label="nDCG@10 by task"') :]
+    assert "--c1" in bars  # b's colour everywhere
+    assert "--c0" not in bars
+
+
+def test_found_outputs_of_different_tasks_are_a_sentence(runs, tmp_path):
+    one, two = read(tmp_path), read(tmp_path)
+    del two["a"]
+    made = text(retrieval_section.quality(runs, [one, two], found=True))
+    assert "No test tasks are drawn. --evaluation: a is a task of only one of a and b" in made
+
+
+def test_the_page_says_what_was_evaluated(runs, tmp_path):
+    result = read(tmp_path)
+    for of_task in result.values():
+        of_task |= {"model": {"loaded": "runs/a (step 600)", "digest": "5f0c" * 8}, "date": "2026-11-24T03:10:00"}
+    made = text(retrieval_section.quality(runs[:1], [result]))
+    assert "Test tasks of a: measured with runs/a (step 600), parameters 5f0c5f0c5f0c, 2026-11-24." in made
+
+
 def test_dev_figures_of_two_runs(runs):
     (table,) = links(retrieval_section.quality(runs, []))
     assert table[0] == ["step", "a: mean", "a: a", "a: b", "b: mean", "b: a", "b: b"]
     assert table[2][:3] == ["10", "0.1", "0.111111"]
-    assert "give evaluate's output" in retrieval_section.quality(runs, []).replace("&#x27;", "'")
+    made = retrieval_section.quality(runs, []).replace("&#x27;", "'")
+    assert "test tasks: give evaluate's output" in made
+    assert "or put it into the workdir as evaluation.json" in made
 
 
 def test_sizes_are_means_over_tasks(runs, tmp_path):
@@ -50,7 +111,7 @@ def test_only_the_sizes_of_all_tasks_are_drawn(runs, tmp_path):
     assert table == [["numbers of a vector", "a: float32"], ["8", "0.4"], ["16", "0.375"]]
     del result["xling-b & c"]["dims"]
     made = retrieval_section.quality(runs[:1], [result])
-    assert "a was evaluated with no --dims or --precisions that all its tasks have." in made
+    assert "a was evaluated with no --dims or --precisions that all its tasks have." in text(made)
     assert "nDCG@10 by dimension" not in made
 
 
@@ -76,5 +137,5 @@ def test_what_is_not_there_is_said(tmp_path):
     (run,) = report_sections.read_runs([tmp_path / "m"])
     made = retrieval_section.quality([run], [read(tmp_path, dims=False)])
     assert "m has no evaluations: a masked-language-model run searches for nothing." in made
-    assert "m was evaluated without --dims and --precisions." in made
+    assert "m was evaluated without --dims and --precisions." in text(made)
     assert [table[0][1] for table in links(made)] == ["m"]  # the bars of the tasks alone
