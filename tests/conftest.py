@@ -24,7 +24,8 @@ HAS_SERVER = all(importlib.util.find_spec(name) for name in ("starlette", "uvico
 HAS_GCSFS = importlib.util.find_spec("gcsfs") is not None
 HAS_BROWSER = browser.find() is not None
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-collect_ignore = [name for name, there in (("parity", HAS_TORCH), ("aot", HAS_LIBTPU)) if not there]
+NEED_TORCH = ("parity", "bench/torch_peers.py", "bench/gpu_torch.py")  # at their import
+collect_ignore = [*(NEED_TORCH if not HAS_TORCH else ()), *(("aot",) if not HAS_LIBTPU else ())]
 
 
 def pytest_addoption(parser):
