@@ -28,6 +28,7 @@ once_more() { # STATUS SECONDS: true, after a pause, where what ended so after s
     echo "supervise: it ended with $1; restart $restarts of ${RESTARTS:-10} in $next s." >&2
     sleep "$next" &
     child=$!
+    if [ -n "$told" ]; then kill "$child" 2>/dev/null || true; fi # told just before there was this child
     wait "$child" || true
     next=$((next * 2 < 300 ? next * 2 : 300))
     [ -z "$told" ]

@@ -97,9 +97,12 @@ def wait_for(path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(("name", "told"), [("TERM", "TERM"), ("INT", "INT"), ("HUP", "TERM")])
 def test_a_signal_goes_to_the_command_which_is_not_run_again(host, name, told):
-    host.actions(f"trap 'sleep 0.5; exit 75' {told}; for _ in {{1..200}}; do sleep 0.1; done", "exit 0")
+    host.actions(
+        f"trap 'sleep 0.5; exit 75' {told}; : > {host.state}/deaf_no_more; for _ in {{1..200}}; do sleep 0.1; done",
+        "exit 0",
+    )
     process = host.start("supervise.sh", str(host.folder / "program"))
-    wait_for(host.state / "starts")
+    wait_for(host.state / "deaf_no_more")
     process.send_signal(getattr(signal, f"SIG{name}"))
     process.communicate(timeout=30)
     assert (process.returncode, host.starts()) == (75, 1)
@@ -108,7 +111,7 @@ def test_a_signal_goes_to_the_command_which_is_not_run_again(host, name, told):
 def test_a_signal_between_two_runs_ends_it_at_once(host):
     host.actions("exit 76", "exit 0")
     process = host.start("supervise.sh", str(host.folder / "program"), PAUSE="60")
-    wait_for(host.state / "starts")
+    assert "it ended with 76; restart 1 of 10 in 60 s." in process.stderr.readline()
     process.terminate()
     process.communicate(timeout=10)
     assert (process.returncode, host.starts()) == (76, 1)
