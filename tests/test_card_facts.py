@@ -74,7 +74,7 @@ def flags(*argv) -> card_facts.Facts:
 @pytest.mark.parametrize(
     ("flag", "said"),
     [("--license=Apache 2", "--license=Apache 2"), ("--languages=German", "--languages"), ("--base_model=x", "OWNER/NAME"),
-     ("--evaluation=nowhere.json", "is no output of evaluate")],
+     ("--evaluation=nowhere.json", "does not exist")],
 )  # fmt: skip
 def test_what_is_no_fact_is_refused(flag, said):
     with pytest.raises(UserError, match=said):

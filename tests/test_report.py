@@ -242,7 +242,7 @@ def test_the_terminal_says_what_held_out_pairs_say(tmp_path, capsys):
         (["--evaluation=r.json"], r"drawn in the page: name it with --output"),
         (["--output=gone/r.html"], r"--output=gone/r\.html cannot be written"),
         (["--output=r.html", "--evaluation=a,b"], r"names 2 files and --workdir 1 runs; give one a run"),
-        (["--output=r.html", "--evaluation=a"], r"--evaluation=a is no output of evaluate"),
+        (["--output=r.html", "--evaluation=a"], r"--evaluation=a does not exist"),
         (["--output=r.html", "--plan=a"], r"a is no output of plan"),
     ],
 )
