@@ -121,7 +121,10 @@ def keep_cards(config: Config, workdir: pathlib.Path) -> None:
 
 
 def what_was_cut(rows: Sequence[dict], config: Config) -> str:
-    """Of a process's own pairs the share of texts that were longer than what is read of them; "" where hardly any was."""
+    """Which share of the texts was longer than what is read of them; "" where hardly any was.
+
+    `rows` are those of a single process: of several each counts what it cut of its own pairs alone.
+    """
     pairs = len(rows) * config.data.batch_size
     said = []
     for side, things in (("query", "queries"), ("document", "documents")):

@@ -259,7 +259,7 @@ def train(
     print(
         f"trained {fields.count(config.run.steps - first, 'step')} in {time.perf_counter() - started:.0f} s, compilation included."
     )
-    if said := run_data.what_was_cut(metrics.read(workdir / "metrics.jsonl") if writes_to else (), config):
+    if said := run_data.what_was_cut(() if cluster.several() else metrics.read(workdir / "metrics.jsonl"), config):
         print(said)
     if held:
         print(f"held out: nDCG@10 {100 * np.mean(list(after.values())):.1f} after training.")

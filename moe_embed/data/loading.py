@@ -4,12 +4,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
 from moe_embed.data.batches import Batch
@@ -26,13 +27,18 @@ def iterate(batches, first_step: int, last_step: int, *, workers: int = 0) -> It
     the thread puts what they send into rows; should they be killed, it does their work. counts["waited"] is how many seconds a batch was waited for: above a few
     milliseconds loading is what limits the run.
     """
+
+    @functools.cache  # once, whoever notices first
+    def say_killed() -> None:
+        print("warning: the loader's processes were killed; batches are made in the training process.", file=sys.stderr)
+
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread, _processes(batches, workers) as pool:
         waiting = collections.deque()
         for step in range(first_step, last_step):
             if pool is None:
                 waiting.append(thread.submit(batches.batch_at, step))
             else:
-                waiting.append(thread.submit(_filled, batches, step, _submitted(pool, step)))
+                waiting.append(thread.submit(_filled, batches, step, _submitted(pool, step), say_killed))
             if len(waiting) > AHEAD + workers:
                 yield _taken(waiting.popleft())
         while waiting:
@@ -47,14 +53,15 @@ def _submitted(pool: concurrent.futures.Executor, step: int) -> concurrent.futur
         return None
 
 
-def _filled(batches, step: int, work: concurrent.futures.Future | None) -> Batch:
+def _filled(batches, step: int, work: concurrent.futures.Future | None, say_killed: Callable[[], None]) -> Batch:
     """A batch of what a process has packed or, where it could not, of what is packed here: it is the same."""
-    try:
-        packed = work.result() if work else None
-    except BrokenProcessPool:
-        print("warning: the loader's processes were killed; batches are made in the training process.", file=sys.stderr)
-        packed = None
-    return batches.filled(step, packed or batches.packed(step))
+    if work:
+        try:
+            return batches.filled(step, work.result())
+        except BrokenProcessPool:
+            pass
+    say_killed()
+    return batches.filled(step, batches.packed(step))
 
 
 def _taken(future: concurrent.futures.Future) -> Batch:
