@@ -43,8 +43,8 @@ class Host:
 
     def start(self, script: str, *arguments: str, **more) -> subprocess.Popen:
         return subprocess.Popen(
-            # a run of the tests in the background is deaf to SIGINT, and hands that on
-            ["env", "--default-signal=INT", "bash", f"launch/{script}", *arguments], cwd=ROOT, env=self.environment | more, text=True,
+            # a run of the tests in the background is deaf to SIGINT, one under nohup to SIGHUP, and hands that on
+            ["env", "--default-signal=INT,HUP", "bash", f"launch/{script}", *arguments], cwd=ROOT, env=self.environment | more, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
