@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from moe_embed import bucket, checkpoint, held_out, results, run_data, stored
+from moe_embed import bucket, checkpoint, held_out, results, run_data
 from moe_embed.config import UserError
 from moe_embed.load import DESCRIPTION, read_description
 
@@ -44,13 +44,9 @@ def of_workdir(root: pathlib.Path) -> Facts:
         return Facts()
     step = checkpoint.newest_verified(root / "checkpoints", say=lambda _: None)  # load has said what there is to say
     written = checkpoint.facts(root / "checkpoints", step) if step is not None else {}
-    data_card, verdict = root / run_data.CARD, ""
+    data_card, verdict = root / run_data.CARD, held_out.concluded(root, steps=step or 0)
     try:
         files = tuple((str(name), int(count)) for name, count, _ in written["files"]) if "files" in written else ()
-        if bucket.is_file(root / held_out.FILE):
-            found = stored.read_json(root / held_out.FILE)
-            of_step = "steps" not in found or found["steps"] == step  # else of a run that has gone on, or back
-            verdict = str(found["verdict"]) if "verdict" in found and of_step else ""
         of_data = bucket.read(data_card).decode("utf-8")
     except (OSError, ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{root} does not say what it was trained on: {error!r:.200}.") from error

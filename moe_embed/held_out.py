@@ -11,10 +11,11 @@ import math
 import pathlib
 import zlib
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from moe_embed import significance, stored
+from moe_embed import bucket, significance, stored
 from moe_embed.config import Config, UserError
 from moe_embed.data import hygiene
 from moe_embed.data import origin as origin_lib
@@ -22,7 +23,7 @@ from moe_embed.data.sources import Pair, Source, Task
 from moe_embed.fields import count
 
 NAME = "held-out"
-FILE = "held_out.json"  # in the workdir: {"before": {query's name: nDCG@10}[, "after": {...}, "steps": 300, "verdict": "..."]}
+FILE = "held_out.json"  # in the workdir: the fields of Measured; the last three once the run has ended
 FEW_QUERIES = 100  # fewer say little: of a small file more than the share is kept out, up to MOST_SHARE of the pairs
 MOST_SHARE = 0.2
 MOST_QUERIES = 1_000
@@ -172,45 +173,64 @@ def as_begun(config: Config, before: Config) -> Config:
     return dataclasses.replace(config, data=data, run=run, optim=optim)
 
 
-def concluded(workdir: pathlib.Path, *, steps: int) -> bool:
-    """Whether the workdir says what the held-out queries scored after so many steps."""
-    try:
-        found = stored.read_json(workdir / FILE)
-        return "after" in found and found["steps"] == steps
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # conclude says what is wrong with it
+class Measured(NamedTuple):
+    """What the workdir says of its held-out queries, each by its name: nDCG@10 before training, and after so many steps."""
+
+    before: dict[str, float]
+    after: dict[str, float] | None = None
+    steps: int = 0
+    verdict: str = ""  # what `conclude` said
 
 
-def said(workdir: pathlib.Path) -> str:
-    """The verdict of a run that has ended; "" where none is written."""
+def read(workdir: pathlib.Path) -> Measured | None:
+    """None where nothing is measured yet. UserError where the file is damaged: a figure that is none, a part that is absent."""
+    path = workdir / FILE
+    if not bucket.is_file(path):
+        return None
     try:
-        return str(stored.read_json(workdir / FILE)["verdict"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
+        found = stored.read_json(path)
+        ended = found.keys() != {"before"}
+        figures = [{name: _figure(x) for name, x in found[when].items()} for when in ("before", "after")[: 1 + ended]]
+        if not all(figures):
+            raise ValueError("no figure is in it")
+        return Measured(*figures, int(found["steps"]), str(found["verdict"])) if ended else Measured(*figures)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} does not say what the held-out queries scored ({error!r:.100}); remove {workdir} and run again."
+        ) from error
+
+
+def _figure(value) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.80} is no nDCG@10")
+    return float(value)
+
+
+def concluded(workdir: pathlib.Path, *, steps: int) -> str:
+    """The verdict of a run that measured after so many steps; "" where it has not yet. UserError as in `read`."""
+    measured = read(workdir)
+    return measured.verdict if measured and measured.after is not None and measured.steps == steps else ""
 
 
 def conclude(workdir: pathlib.Path, per_query: dict[str, float], *, steps: int, warmup_steps: int) -> str:
-    """One sentence on before and after, with its interval, also written to the workdir. UserError if before is unknown.
+    """One sentence on before and after, with its interval, also written to the workdir. UserError where `read` has none of before.
 
     After so few steps or of so few queries that they say little, the sentence is that; and so where the data has changed since.
     """
-    try:
-        before = stored.read_json(workdir / FILE)["before"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if (measured := read(workdir)) is None:
         raise UserError(
-            f"{workdir / FILE} does not say what the held-out queries scored before training: {error!r}."
-        ) from error
-    record = {"before": before, "after": per_query, "steps": steps}
+            f"{workdir / FILE} is gone, and with it what the held-out queries scored before training; remove {workdir} and run again."
+        )
+    before = measured.before
     if per_query.keys() != before.keys():
         said = "no verdict: the data has changed, and other queries were kept out before training than now."
-        stored.write_json(workdir / FILE, record | {"verdict": said})
-        return said
-    differences = np.array([per_query[query] - before[query] for query in per_query])
-    names = ("the trained model", "what it began with")
-    said = significance.verdict([differences], names=names, doubt=doubt(steps=steps, warmup_steps=warmup_steps))
-    if not differences.any():
-        said += " No query scores otherwise than before: a larger config.optim.learning_rate or more steps would change more."
-    stored.write_json(workdir / FILE, record | {"verdict": said})
+    else:
+        differences = np.array([per_query[query] - before[query] for query in per_query])
+        names = ("the trained model", "what it began with")
+        said = significance.verdict([differences], names=names, doubt=doubt(steps=steps, warmup_steps=warmup_steps))
+        if not differences.any():
+            said += " No query scores otherwise than before: a larger config.optim.learning_rate or more steps would change more."
+    stored.write_json(workdir / FILE, Measured(before, per_query, steps, said)._asdict())
     return said
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_embed import bucket, charts, held_out, page, stored
+from moe_embed import charts, held_out, page
 from moe_embed import results as results_lib
 from moe_embed.config import UserError
 from moe_embed.fields import count
@@ -16,20 +16,17 @@ EVALUATION = "evaluation.json"  # of a workdir
 
 def held_out_says(run: Run) -> str:
     """What a run's held-out pairs say of it, one sentence; "" where they do not yet, or it has none."""
-    path = run.workdir / held_out.FILE
     try:
-        found = stored.read_json(path) if bucket.is_file(path) else {}
-        if not {"before", "after", "steps", "verdict"} <= found.keys():
-            return ""
-        means = [100 * statistics.fmean(found[when].values()) for when in ("before", "after")]
-        steps, verdict = count(found["steps"], "step"), str(found["verdict"])
-        if not np.isfinite(means).all():
-            raise ValueError("a figure that is no number")
-    except (OSError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
-        return f"{path} is damaged and says nothing of the held-out pairs ({error!r:.100})."
-    if found["before"].keys() != found["after"].keys():
-        return f"Held-out pairs: {verdict}"
-    return f"Held-out pairs: nDCG@10 {means[0]:.1f} before training, {means[1]:.1f} after {steps}; {verdict}"
+        found = held_out.read(run.workdir)
+    except UserError as error:
+        return str(error)
+    if found is None or found.after is None:
+        return ""
+    if found.before.keys() != found.after.keys():
+        return f"Held-out pairs: {found.verdict}"
+    before, after = (100 * statistics.fmean(figures.values()) for figures in (found.before, found.after))
+    steps = count(found.steps, "step")
+    return f"Held-out pairs: nDCG@10 {before:.1f} before training, {after:.1f} after {steps}; {found.verdict}"
 
 
 def held_out_of(runs: Sequence[Run]) -> list[str]:

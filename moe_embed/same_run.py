@@ -55,27 +55,38 @@ def workdir_of(text: str) -> pathlib.Path:
     return bucket.path_of(text, flag="--workdir=")
 
 
-def check_workdir(config: Config, workdir: pathlib.Path, *, allow: Collection[str] = ()) -> None:
-    """Make or recognise the workdir. UserError if it cannot be written, or holds checkpoints of another config.
-
-    `allow` names parts of the data fingerprint that may change ("seed", "batch_size"), and with them their fields.
-    """
+def check_kind(workdir: pathlib.Path) -> None:
+    """UserError for what no run can be in: a file, a folder of another kind, one that cannot be written. Nothing is made."""
+    bucket.check(workdir)
     if bucket.is_file(workdir / "config.json") and not bucket.is_file(workdir / DESCRIPTION):
         raise UserError(
             f"--workdir={workdir} is a Hugging Face folder; name another --workdir, and --init_from={workdir}."
         )
+    if (before := _before(workdir)) and before.config is None:
+        raise UserError(f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}.")
+    if not bucket.is_remote(workdir) and workdir.exists():
+        _check_writable(workdir)
+
+
+def check_workdir(config: Config, workdir: pathlib.Path, *, allow: Collection[str] = ()) -> None:
+    """Make the workdir, or recognise it. UserError if it cannot be written, or holds checkpoints of another config.
+
+    `allow` names parts of the data fingerprint that may change ("seed", "batch_size"), and with them their fields.
+    """
     if not bucket.is_remote(workdir):
-        _check_folder(workdir)
-    if bucket.is_file(workdir / DESCRIPTION) and checkpoint.steps(workdir / "checkpoints"):
-        before = read_description(workdir)
-        if before.config is None:
-            raise UserError(
-                f"{workdir} is a model folder, not a run; name another --workdir, and --init_from={workdir}."
-            )
+        _check_writable(workdir)
+    if before := _before(workdir):
         refuse_changes(before.config, config, workdir, allow=allow)
 
 
-def _check_folder(workdir: pathlib.Path) -> None:
+def _before(workdir: pathlib.Path) -> Description | None:
+    """What stands in a workdir with checkpoints; None of another."""
+    there = bucket.is_file(workdir / DESCRIPTION) and checkpoint.steps(workdir / "checkpoints")
+    return read_description(workdir) if there else None
+
+
+def _check_writable(workdir: pathlib.Path) -> None:
+    """Makes it if absent."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "writable").write_bytes(bytes(65536))  # on a full disk an empty file can still be made

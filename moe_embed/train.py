@@ -130,7 +130,7 @@ def train(
     trackers.check(config.run.log_to, workdir)
     agreement.check(config, others={"--workdir": str(workdir), "--init_from": init_from})
     mesh = sharding.make_mesh(config.mesh)
-    cluster.on_first(lambda: bucket.check(workdir))
+    cluster.on_first(lambda: same_run.check_kind(workdir))
     checkpoints = workdir / "checkpoints"
     first = checkpoint.newest_verified(checkpoints, say=print, strict=strict_restore)
     prompts, base, tokenizer = prompts_of(config), None, None
@@ -170,18 +170,15 @@ def train(
             checkpoint.facts(checkpoints, first), batches.fingerprint, workdir, allow=allow_data_change
         )
         finished = first >= config.run.steps
-        if finished and (not held or cluster.on_first(lambda: held_out.concluded(workdir, steps=first))):
+        verdict = cluster.on_first(lambda: held_out.concluded(workdir, steps=first)) if held else ""
+        if finished and (not held or verdict):
             print(f"{workdir} is finished: step {first} of {config.run.steps}, verified. Nothing to do.")
-            if verdict := cluster.on_first(lambda: held_out.said(workdir)):
+            if verdict:
                 print(verdict)
             return 0
         more = "; what it learned is still to be measured" if finished else ""
         print(f"continuing {workdir} from step {first} of {config.run.steps}{more}.")
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
-    cluster.on_first(lambda: write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from))
-    cluster.on_first(lambda: run_data.keep_cards(config, workdir))
-    agreement.check_shared(workdir / DESCRIPTION)
-
     started = time.perf_counter()
     writes_to = workdir if cluster.is_first() else None
     looking = health.Health(writes_to, first_step=first, max_skips=config.run.max_skips)
@@ -195,6 +192,9 @@ def train(
         preemption.heard(first) as told_to_stop,
         watchdog.Watchdog(config.run.watchdog, done=first) as watching,
     ):
+        cluster.on_first(lambda: write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from))
+        cluster.on_first(lambda: run_data.keep_cards(config, workdir))
+        agreement.check_shared(workdir / DESCRIPTION)
         writer.event(first, "resume" if first else "begin")
         measure = lambda: evaluate(model_of(prog, state, tokenizer, prompts), tasks)  # noqa: E731
 

@@ -173,14 +173,20 @@ def conclude(workdir: pathlib.Path) -> str:
     figures, lines = {}, [f"{'':8}{'steps':>8}{'seconds':>10}{'parameters':>15}{'active':>15}{'before':>9}{'after':>8}"]
     for name in PARTS:
         root = workdir / name
-        measured, config, rows = held_out_of(root), read_description(root).config, metrics.read(root / "metrics.jsonl")
+        config, rows, measured = (
+            read_description(root).config,
+            metrics.read(root / "metrics.jsonl"),
+            held_out.read(root),
+        )
+        if measured is None or measured.after is None:
+            raise UserError(f"{root} has not measured its held-out queries to the end; remove {root} and run again.")
         total, active = hf_layout.num_parameters(config.encoder, config.moe)
         took, before, after = (
             sum(row["seconds"] for row in rows),
-            *(100 * np.mean(list(measured[when].values())) for when in ("before", "after")),
+            *(100 * np.mean(list(figures.values())) for figures in (measured.before, measured.after)),
         )
         lines.append(f"{name:8}{len(rows):8,}{took:10,.0f}{total:15,}{active:15,}{before:9.1f}{after:8.1f}")
-        figures[name] = measured["after"], took
+        figures[name] = measured.after, took
     (mixture, long), (dense, short) = (figures[name] for name in PARTS)
     if mixture.keys() != dense.keys():
         raise UserError(f"{workdir}: the two runs kept other queries out; remove {workdir} and run again.")
@@ -198,17 +204,6 @@ def conclude(workdir: pathlib.Path) -> str:
     )  # PARTS ends with the dense one
     names = ("the mixture", "the dense model given the same time")
     return "\n".join([*lines, significance.verdict([differences], names=names, doubt=doubt)])
-
-
-def held_out_of(root: pathlib.Path) -> dict[str, dict[str, float]]:
-    """held_out.json of a finished run, which has "before" and "after". UserError if it cannot be read."""
-    try:
-        measured = stored.read_json(root / held_out.FILE)
-        return {when: measured[when] for when in ("before", "after")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{root} does not say what its held-out queries scored ({error!r}); remove {root} and run again."
-        ) from error
 
 
 def part(name: str, *arguments: str) -> None:

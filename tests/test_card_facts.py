@@ -32,7 +32,8 @@ def test_a_workdir_gives_names_counts_and_the_verdict(tmp_path, monkeypatch):
     description = {"config": config.to_dict(config_), "prompts": {}}
     description["init_from"] = "/cache/models--owner--small/snapshots/1a2b"
     (tmp_path / "workdir.json").write_text(json.dumps(description))
-    (tmp_path / held_out.FILE).write_text(json.dumps({"before": {}, "verdict": "better by 3.0 points."}))
+    measured = held_out.Measured({"q": 0.5}, {"q": 0.53}, steps=5, verdict="better by 3.0 points.")
+    (tmp_path / held_out.FILE).write_text(json.dumps(measured._asdict()))
     monkeypatch.setattr(checkpoint, "newest_verified", lambda folder, say: 5)
     written = {"files": [["pairs.csv", 1234, 99]], "batch_size": 32}
     monkeypatch.setattr(checkpoint, "facts", lambda folder, step: written)
@@ -41,7 +42,7 @@ def test_a_workdir_gives_names_counts_and_the_verdict(tmp_path, monkeypatch):
     for part in ("| pairs.csv | 1,234 |", "Trained for 5 steps of 32 pairs", "before and after: better by 3.0 points.",
                  'base_model: "owner/small"'):  # fmt: skip
         assert part in text
-    (tmp_path / held_out.FILE).write_text(json.dumps({"before": {}, "verdict": "better by 3.0 points.", "steps": 4}))
+    (tmp_path / held_out.FILE).write_text(json.dumps(measured._replace(steps=4)._asdict()))
     assert "better by" not in card(card_facts.of_workdir(tmp_path))  # the run has gone on since
     assert "/secret" not in text
     assert "/cache" not in text

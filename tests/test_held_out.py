@@ -157,10 +157,10 @@ def test_before_and_after_become_a_sentence(tmp_path):
     assert same.endswith(
         "No query scores otherwise than before: a larger config.optim.learning_rate or more steps would change more."
     )
-    assert held_out.said(tmp_path) == same
-    assert held_out.said(tmp_path / "elsewhere") == ""
+    assert held_out.concluded(tmp_path, steps=24) == same
+    assert held_out.concluded(tmp_path, steps=48) == held_out.concluded(tmp_path / "elsewhere", steps=24) == ""
     (tmp_path / held_out.FILE).unlink()
-    with pytest.raises(UserError, match="before training"):
+    with pytest.raises(UserError, match="is gone, and with it what the held-out queries scored before training"):
         held_out.conclude(tmp_path, before, **length)
 
 
@@ -250,10 +250,9 @@ def test_a_query_has_its_name_by_its_text():
 def test_a_verdict_is_of_its_step_and_of_its_queries(tmp_path):
     before = {f"q{i}": 0.5 for i in range(100)}
     held_out.remember(tmp_path, before)
-    assert not held_out.concluded(tmp_path, steps=24)
-    held_out.conclude(tmp_path, before, steps=24, warmup_steps=2)
-    assert held_out.concluded(tmp_path, steps=24)
-    assert not held_out.concluded(tmp_path, steps=48)
+    assert held_out.concluded(tmp_path, steps=24) == ""
+    said = held_out.conclude(tmp_path, before, steps=24, warmup_steps=2)
+    assert held_out.read(tmp_path) == (before, before, 24, said)
     said = held_out.conclude(tmp_path, {**before, "another": 0.5}, steps=24, warmup_steps=2)
     assert said.startswith("no verdict: the data has changed")
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from moe_embed import same_run
+from moe_embed import same_run, train
 from moe_embed.config import UserError
 from moe_embed.load import Description
 from tests import tiny
@@ -66,11 +66,23 @@ def test_a_beginning_is_kept(tmp_path):
 
 
 def test_a_workdir_is_made_and_a_file_is_none(tmp_path):
+    same_run.check_kind(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
     same_run.check_workdir(tiny.config(), tmp_path / "a" / "b")
     assert not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        same_run.check_workdir(tiny.config(), tmp_path / "file")
+        same_run.check_kind(tmp_path / "file")
+
+
+def test_what_is_wrong_with_a_workdir_is_said_before_the_data_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    c = tiny.config(data={"sources": ("gone.csv",)})
+    with pytest.raises(UserError, match="file cannot be written"):
+        train.train(c, workdir=tmp_path / "file")
+    with pytest.raises(UserError, match=r"gone\.csv"):  # the sibling
+        train.train(c, workdir=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_hugging_face_folder_is_no_workdir(tmp_path):
@@ -78,10 +90,10 @@ def test_a_hugging_face_folder_is_no_workdir(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     said = f"--workdir={tmp_path} is a Hugging Face folder; name another --workdir, and --init_from={tmp_path}."
     with pytest.raises(UserError, match=re.escape(said)):
-        same_run.check_workdir(tiny.config(), tmp_path)
+        same_run.check_kind(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     (tmp_path / "workdir.json").write_text("{}")
-    same_run.check_workdir(tiny.config(), tmp_path)
+    same_run.check_kind(tmp_path)
 
 
 def test_what_may_change_by_name_is_no_other_config(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from moe_embed import checkpoint, metrics, program, run_data, sharding, train
+from moe_embed import checkpoint, metrics, program, run_data, same_run, sharding, train
 from moe_embed import config as config_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, load, read_description, save
@@ -97,6 +97,19 @@ def test_another_config_is_refused_by_field(whole, config):
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1.0))
     with pytest.raises(config_lib.UserError, match=r"optim.learning_rate=.*not 1\.0"):
         train.train(other, workdir=whole)
+
+
+def test_a_run_that_another_process_writes_is_left_as_it_is(whole, config, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "w")
+    shutil.rmtree(workdir / "checkpoints" / "8")  # there is something to do
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    more = dataclasses.replace(config, run=dataclasses.replace(config.run, keep=5))  # what a rerun may say otherwise
+    with same_run.alone(workdir), pytest.raises(config_lib.UserError, match="another process trains in"):
+        train.train(more, workdir=workdir)
+    (workdir / same_run.LOCK).unlink(missing_ok=True)
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    train.train(more, workdir=workdir)
+    assert read_description(workdir).config.run.keep == 5
 
 
 def test_a_run_goes_on_for_longer_where_its_schedule_does_not_depend_on_its_length(whole, config, tmp_path):

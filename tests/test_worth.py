@@ -28,7 +28,11 @@ def finished(root, c, *, seconds, after, before=0.25):
     write_description(root, c, TOKENIZER, prompts={})
     rows = [json.dumps({"step": i, "seconds": s}) for i, s in enumerate(seconds)]
     (root / "metrics.jsonl").write_text("\n".join(rows) + "\n")
-    (root / held_out.FILE).write_text(json.dumps({"before": dict.fromkeys(after, before), "after": after}))
+    measured(root, held_out.Measured(dict.fromkeys(after, before), after, steps=len(seconds), verdict="said."))
+
+
+def measured(root, figures):
+    (root / held_out.FILE).write_text(json.dumps(figures._asdict()))
 
 
 def both(workdir, *, dense_seconds=(1.0,) * 8, gain=0.1):
@@ -54,7 +58,7 @@ def test_the_table_and_the_verdict(tmp_path):
     )
     assert "speed changed" not in table
     for name in worth.PARTS:  # the sibling: no gain at any query, no difference
-        (tmp_path / name / held_out.FILE).write_text(json.dumps({"before": figures, "after": figures}))
+        measured(tmp_path / name, held_out.Measured(figures, figures, steps=4, verdict="said."))
     assert "no difference is shown between the mixture and the dense" in worth.conclude(tmp_path)
 
 
@@ -68,13 +72,17 @@ def test_times_that_are_not_equal_are_said(tmp_path, dense, said):
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     figures = both(tmp_path)
-    file = tmp_path / "dense" / held_out.FILE
-    file.write_text(json.dumps({"before": figures, "after": {"other": 1.0}}))
+    measured(tmp_path / "dense", held_out.Measured(figures, {"other": 1.0}, steps=8, verdict="said."))
     with pytest.raises(UserError, match="kept other queries out"):
         worth.conclude(tmp_path)
-    for text in (json.dumps({"before": figures}), "{", "[]"):
+    file = tmp_path / "dense" / held_out.FILE
+    for text in ("{", "[]"):
         file.write_text(text)
-        with pytest.raises(UserError, match="does not say what its held-out queries scored"):
+        with pytest.raises(UserError, match="does not say what the held-out queries scored"):
+            worth.conclude(tmp_path)
+    for end in (lambda: file.write_text(json.dumps({"before": figures})), file.unlink):
+        end()
+        with pytest.raises(UserError, match="has not measured its held-out queries to the end"):
             worth.conclude(tmp_path)
 
 
@@ -166,10 +174,9 @@ def test_the_devices_of_the_mesh_are_counted(monkeypatch):
 def test_few_queries_give_no_verdict(tmp_path):
     both(tmp_path)
     for name in worth.PARTS:
-        path = tmp_path / name / held_out.FILE
-        found = json.loads(path.read_text())
-        few = {when: dict(list(of.items())[:5]) for when, of in found.items() if isinstance(of, dict)}
-        path.write_text(json.dumps(few))
+        found = held_out.read(tmp_path / name)
+        few = {when: dict(list(of.items())[:5]) for when, of in found._asdict().items() if isinstance(of, dict)}
+        measured(tmp_path / name, found._replace(**few))
     assert "too little to judge by (measured on 5 queries): the mixture" in worth.conclude(tmp_path)
 
 
@@ -270,7 +277,7 @@ def test_the_whole_way_with_a_stop_in_the_middle(tmp_path, monkeypatch, capsys):
     assert (mixture.run.steps, mixture.optim.warmup_steps, mixture.moe.num_experts) == (4, 2, 4)
     assert (dense.run.steps, dense.optim.warmup_steps, dense.moe.num_experts) == (6, 3, 0)
     assert mixture.data.batch_size == dense.data.batch_size == 8
-    before = [worth.held_out_of(w / name)["before"] for name in worth.PARTS]
+    before = [held_out.read(w / name).before for name in worth.PARTS]
     assert before[0].keys() == before[1].keys()
     gap = [abs(before[0][query] - before[1][query]) for query in before[0]]
     assert np.mean(gap) < 0.02  # upcycling keeps the function
