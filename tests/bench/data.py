@@ -24,7 +24,7 @@ from moe_embed import config as config_lib
 from moe_embed import prepare, run_data
 from moe_embed.data import prepared
 from moe_embed.data import tokenizer as tokenizer_lib
-from tests.bench.ratios import machine, say
+from tests.bench.ratios import machine, resident, say
 
 BATCH, DEVICES, STEPS = 16_384, 8, 6
 HUNDRED_MILLION = 100_000_000
@@ -169,7 +169,7 @@ def start(flags) -> None:
     print(
         f"{sum(batches.mixture.sizes):,} pairs in {len(batches.sources[0].pairs.shards.shards)} shards: open in {opened:.1f} s (a "
         f"schedule of a million steps in it), the pairs of step 1,000,000 in {time.perf_counter() - begin:.2f} s; "
-        f"{resident() - before:,.0f} MB more in memory, {resident():,.0f} MB in all"
+        f"{(resident() - before) / 1e6:,.0f} MB more in memory, {resident() / 1e6:,.0f} MB in all"
     )
 
 
@@ -194,11 +194,6 @@ def child(part: str, data: pathlib.Path, tokenizer: str, **environment: str) -> 
     ]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def resident() -> float:
-    """Megabytes of this process in memory."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 if __name__ == "__main__":

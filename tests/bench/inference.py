@@ -73,19 +73,13 @@ def dense_width(encoder: Encoder, moe: Moe, experts: int) -> int:
     return encoder.ffn_dim * (moe.every - 1 + experts) // moe.every
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def serve(name: str, size: Size) -> None:
     """A worker: make the model, encode everything once, say what it holds; then encode what each line of stdin names."""
     c, moe = models(size)[name]
     tokenizer = tokenizer_lib.read(workloads.SAMPLE / "tokenizer.model")
     mesh = sharding.make_mesh(config_lib.Mesh(data=1), devices=jax.devices()[:1])
     texts, queries = workloads.mixed_texts(size.texts), questions(size)
-    before = resident()
+    before = ratios.resident()
     params = jax.block_until_ready(encoder_lib.init(c, moe, key=jax.random.key(0)))
     model = Model(c, moe, params, tokenizer, workloads.PROMPTS, mesh, name)
     model.encode(texts)
@@ -93,7 +87,7 @@ def serve(name: str, size: Size) -> None:
     for query in queries:
         choices_RE = model.encode_with_sums([query])[1]
         visited.append(0.0 if choices_RE is None else float((choices_RE > 0).sum(1).mean()))
-    held = {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)), "resident": resident() - before,
+    held = {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)), "resident": ratios.resident() - before,
             "experts": statistics.mean(visited), "parameters": hf_layout.num_parameters(c, moe)}  # fmt: skip
     print(json.dumps(held), flush=True)
     for line in sys.stdin:

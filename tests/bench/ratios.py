@@ -3,6 +3,7 @@
 import datetime
 import gc
 import os
+import pathlib
 import platform
 import statistics
 import time
@@ -27,6 +28,11 @@ class Row(NamedTuple):
 def threads() -> int:
     """Cores this process may run on; XLA's CPU client takes as many threads, and torch is told to."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory. Linux."""
+    return int(pathlib.Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int, in_a_row: int = 1) -> dict[str, list[float]]:
