@@ -9,7 +9,7 @@ from moe_embed import config as config_lib
 from moe_embed import program, sharding
 from tests import tiny
 
-STEPS, WINDOW = 60, 10
+STEPS, WINDOW = 80, 10
 
 
 def curve(c: config_lib.Config) -> np.ndarray:
@@ -30,7 +30,8 @@ def test_bfloat16_follows_float32():
     slow = dataclasses.replace(c, optim=dataclasses.replace(c.optim, learning_rate=c.optim.learning_rate / 8))
     full, half, other = curve(c), curve(low), curve(slow)
     assert full[-1] < 0.5 * full[0]
-    # 3.68, 2.15, 1.27, 0.76, 0.62, 0.57 beside 3.68, 2.12, 1.14, 0.73, 0.60, 0.56
+    # 3.68, 2.13, 1.22, 0.76, 0.56, 0.515, 0.507, 0.504 beside 3.68, 2.11, 1.11, 0.70, 0.55, 0.518, 0.507, 0.504. On the way the
+    # four seeds looked at part by up to 0.13, either way; at the end, where the batch is learnt, by 0.003.
     np.testing.assert_allclose(half, full, rtol=0.15)
-    np.testing.assert_allclose(half[-1], full[-1], rtol=0.02)
+    np.testing.assert_allclose(half[-1], full[-1], rtol=0.01)
     assert np.abs(other / full - 1).max() > 0.3
