@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_embed import config as config_lib
@@ -68,8 +68,26 @@ EVERYWHERE = PartitionSpec()  # one value, the same on every device: losses and 
 def make_mesh(config: config_lib.Mesh, *, devices=None) -> jax.sharding.Mesh:
     """A mesh (data, expert) over `devices` (all of them by default); -1 takes what is left. UserError if it does not fit."""
     devices = jax.devices() if devices is None else list(devices)
+    arranged = _arranged(devices, _sizes(config, len(devices)))
     # Auto axis types: Explicit, the default, refuses gathers, sorts and cumsums over a sharded dim.
-    return jax.make_mesh(_sizes(config, len(devices)), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.sharding.Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _arranged(devices: list, sizes: tuple[int, int]) -> np.ndarray:
+    """The devices as an array [data, expert] in which neighbours are near each other, and slices stand along data.
+
+    A slice is what a fast network joins: a TPU slice, or a host of GPUs. jax.make_mesh refuses several of them, and on TPUs
+    other than v5e sizes that are no whole axes of the slice.
+    """
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    data, expert = sizes
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if data % len(slices) == 0 and len(devices) % len(slices) == 0:
+        within = data // len(slices), expert
+        return mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1), devices, allow_split_physical_axes=True)
+    in_order = sorted(devices, key=lambda device: (device.slice_index, device.id))  # experts over several slices
+    return np.array(in_order).reshape(sizes)
 
 
 def imagine_mesh(config: config_lib.Mesh, *, num_devices: int) -> jax.sharding.AbstractMesh:

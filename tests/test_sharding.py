@@ -15,6 +15,33 @@ def mesh(eight_devices):
     return sharding.make_mesh(config_lib.Mesh(data=4, expert=2))
 
 
+class Gpu:
+    """A device as jax describes one of several hosts: each host is a slice."""
+
+    platform, device_kind, coords = "gpu", "NVIDIA H100 80GB HBM3", None
+
+    def __init__(self, number: int, host: int):
+        self.id, self.slice_index, self.process_index = number, host, host
+
+
+@pytest.mark.parametrize(
+    ("hosts", "sizes", "by_host"),
+    [
+        (1, (4, 2), [[0, 0]] * 4),
+        (2, (8, 1), [[0]] * 4 + [[1]] * 4),
+        (2, (4, 2), [[0, 0]] * 2 + [[1, 1]] * 2),
+        (4, (2, 4), [[0, 0, 1, 1], [2, 2, 3, 3]]),  # experts over two hosts
+        (2, (1, 8), [[0] * 4 + [1] * 4]),
+    ],
+)
+def test_experts_stay_within_a_host_where_they_can(hosts, sizes, by_host):
+    gpus = [Gpu(number, number * hosts // 8) for number in range(8)]
+    for devices in (gpus, gpus[::-1]):
+        mesh_DE = sharding._arranged(devices, sizes)
+        assert sorted(d.id for d in mesh_DE.flat) == list(range(8))
+        assert [[d.slice_index for d in row] for row in mesh_DE] == by_host
+
+
 @pytest.mark.parametrize(
     ("name", "column", "expected"),
     [

@@ -1,11 +1,12 @@
 """Train steps compiled for TPUs that are not here. Collected where libtpu is installed (tests/conftest.py)."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 
-from moe_embed import ahead, plan, topology
+from moe_embed import ahead, plan, sharding, topology
 from moe_embed import config as config_lib
 
 pytestmark = pytest.mark.aot
@@ -50,6 +51,20 @@ def test_what_does_not_fit_is_a_verdict():
     assert made["verdict"].startswith("does not fit: ")
     assert "; try --" in made["verdict"]
     assert made["flops"]["compiled"] is None or made["hbm"]["source"] == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"), [("v5p-128", 8), ("v5p-128", 2), ("v6e-16", 2), ("v6e-64", 4), ("v5e-8", 2)]
+)
+def test_experts_need_no_whole_axis_of_a_slice(name, expert):
+    """A v5p of 64 chips is 4 x 4 x 4, a v6e of 16 is 4 x 4: jax.make_mesh has no place for 8 or 2 experts there."""
+    mesh = sharding.make_mesh(config_lib.Mesh(expert=expert), devices=ahead.devices(topology.find(name)))
+    assert mesh.shape["expert"] == expert
+    for row in mesh.devices:  # experts are next to each other
+        steps = [
+            sum(abs(a - b) for a, b in zip(one.coords, two.coords, strict=True)) for one, two in itertools.pairwise(row)
+        ]
+        assert max(steps) <= 2
 
 
 def test_a_slice_that_libtpu_does_not_know_is_a_sentence():
