@@ -23,6 +23,7 @@ from moe_embed import job as job_lib
 from moe_embed.config import UserError
 from moe_embed.fields import first_line
 
+OWN_CACHE = os.path.expanduser("~/.cache/moe_embed/xla")  # of compiled programs, where no other is named
 GONE = 76  # exit status where another process is gone or stuck: start all again
 SECONDS_TO_MEET = 300  # how long the processes wait for each other at the start
 HELP = """\
@@ -84,6 +85,16 @@ def start(*, coordinator=None, num_processes=None, process_id=None, seconds: flo
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     threading.Thread(target=_watch, daemon=True).start()
+
+
+def choose_cache(platform: str) -> None:
+    """Of several processes on GPUs, compiled programs are kept only where the user says: JAX_COMPILATION_CACHE_DIR, seen by all hosts.
+
+    jax lets process 0 alone write them. With a directory on each host process 0 would find the step at a restart, the others
+    would compile it, and XLA's autotuner wait for process 0's share of the measurements for a day.
+    """
+    if several() and platform == "gpu" and jax.config.jax_compilation_cache_dir == OWN_CACHE:
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _stop_here(sentence: str) -> None:

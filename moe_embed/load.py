@@ -228,7 +228,12 @@ def no_model(root: pathlib.Path) -> str:
 
 def of_folder(folder: hf_folder.Folder, *, mesh: jax.sharding.Mesh, origin: str) -> Model:
     """What was read from a Hugging Face folder, on `mesh`."""
-    params = jax.device_put(folder.params, _shardings(folder.params, mesh, origin))
+    # Of several processes each has read all. device_put would first send every array to every device, to compare them.
+    params = jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda part: x[part]),
+        folder.params,
+        _shardings(folder.params, mesh, origin),
+    )
     return Model(folder.encoder, folder.moe, params, folder.tokenizer, folder.prompts, mesh, origin)
 
 

@@ -78,7 +78,7 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
             jax.config.update(
                 "jax_platforms", "cpu"
             )  # else an installed libtpu or CUDA plugin is probed, and complains
-    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/moe_embed/xla"))
+    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cluster.OWN_CACHE)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     why = ""
@@ -116,7 +116,7 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
         elif cluster.failure():  # another process has left, and a collective with it
             status, why = cluster.failure()
             print(f"error: {why}", file=sys.stderr)
-        elif cluster.several() and "Gloo" in str(error):
+        elif cluster.several() and any(library in str(error) for library in ("Gloo", "NCCL")):
             status, why = (
                 cluster.GONE,
                 f"a collective broke: a process is gone without a word, killed or with its machine ({why})",

@@ -52,6 +52,22 @@ def test_a_verb_of_one_process_refuses_copies(monkeypatch):
         cluster.refuse_several("mine")
 
 
+@pytest.mark.parametrize(
+    ("several", "platform", "named", "kept"),
+    [(True, "gpu", False, False), (True, "gpu", True, True), (True, "tpu", False, True), (False, "gpu", False, True)],
+)
+def test_gpu_hosts_keep_compiled_programs_only_where_the_user_says(several, platform, named, kept, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+    monkeypatch.setattr(cluster, "several", lambda: several)
+    try:
+        jax.config.update("jax_compilation_cache_dir", "/shared" if named else cluster.OWN_CACHE)
+        cluster.choose_cache(platform)
+        assert jax.config.jax_enable_compilation_cache == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_enable_compilation_cache", before[1])
+
+
 # Two real processes.
 
 
