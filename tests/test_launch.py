@@ -157,6 +157,7 @@ def test_jax_for_the_cuda_that_driver_and_cards_can_run(host, gpus, extra):
     assert f"{count} GPUs, {extra}." in done.stdout
     assert (host.state / "arguments").read_text() == "-m\0moe_embed.train\0a b\0"
     assert host.saw()["JAX_PLATFORMS"] == "cuda,cpu"
+    assert host.saw()["XLA_CLIENT_MEM_FRACTION"] == ".92"
     assert ("--xla_gpu_enable_latency_hiding_scheduler=true" in host.saw().get("XLA_FLAGS", "")) == (count != "1")
     assert f"{extra} = [" in (ROOT / "pyproject.toml").read_text()
 
@@ -164,7 +165,8 @@ def test_jax_for_the_cuda_that_driver_and_cards_can_run(host, gpus, extra):
 def test_flags_of_several_hosts_and_of_xla_reach_the_program(host):
     host.actions("exit 75", "exit 0")
     done = host("gpu_host.sh", "--coordinator=h0:8476", "--num_processes=2", "--process_id=1", "--", "-m", "x",
-                XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=false", CUDA_VISIBLE_DEVICES="0,2", SEEN="2")  # fmt: skip
+                XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=false", CUDA_VISIBLE_DEVICES="0,2", SEEN="2",
+                XLA_PYTHON_CLIENT_MEM_FRACTION=".5")  # fmt: skip
     assert (done.returncode, host.starts()) == (0, 2)
     saw = host.saw()
     assert [saw[f"JAX_{name}"] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")] == [
@@ -172,6 +174,7 @@ def test_flags_of_several_hosts_and_of_xla_reach_the_program(host):
         "2",
         "1",
     ]
+    assert "XLA_CLIENT_MEM_FRACTION" not in saw  # jax refuses both
     assert saw["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=false"
     assert "2 GPUs" in done.stdout
 
