@@ -18,6 +18,7 @@ ready_venv "${extras[@]}"
 if [ $# -eq 0 ]; then
     ruff check --quiet .
     ruff format --check --quiet .
-    set -- -m "not slow and not gpu and not faults and not notebooks and not readme and not bench"
+    # Two processes: tracing and compiling keep one core each. A file's tests share what is made for them, and stay together.
+    set -- -n 2 --dist loadfile -m "not slow and not gpu and not faults and not notebooks and not readme and not bench"
 fi
 exec python -m pytest "$@"
