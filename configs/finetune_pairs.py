@@ -6,13 +6,13 @@
 MODEL is a folder in Hugging Face layout, or a workdir. pairs.csv (or .tsv, .jsonl, .parquet) has the columns "query" and
 "document"; others are named by --config.data.query=title --config.data.document=body. Rows may also have sentence-transformers'
 columns (anchor, positive, negative) or FlagEmbedding's (query, pos, neg). Hard negatives are used with
---config.data.num_negatives=N, where every row has as many.
+--config.data.num_negatives=N, N the most of a row; a row may have fewer.
 
 A tenth of the pairs is kept out, with all that share a text with them, and searched for before and after: the run ends with one
 sentence and a 95 % interval. Batch size, steps and warm-up follow from the number of pairs (three epochs). A smoke run:
 --config.run.steps=1. Shape, tokenizer and prompts are MODEL's.
 
-Rows follow from the pairs' tokens (rows and row_length are 0): before the first step the run's batches are measured, and rows
+Rows follow from the pairs' tokens (rows and row_length are 0): before the first step up to 64 of the run's batches are measured, and rows
 chosen that hold them with little padding and at most three counts of micro-batches, 4,096 tokens each at most. Where memory
 is short, set fewer: --config.data.rows=2 --config.data.row_length=256.
 """

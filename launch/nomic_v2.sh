@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage of Nomic Embed v2 in order; each prints its figure before and after, and the script stops where one did not help.
+# Every stage of Nomic Embed v2 in order; trainings, filter and mine print a figure before and after, and where one did not help the script stops.
 #   bash launch/nomic_v2.sh --tiny             on the text that ships here, under runs/nomic_v2/, minutes on a laptop's CPU
 # Run again, it goes on where it stopped. At full size run the same verbs with the presets of configs/nomic_v2/*.py.
 set -euo pipefail
@@ -97,7 +97,8 @@ import json, sys
 figures = [{task: {k: v for k, v in of.items() if k in ("ndcg@10", "recall@10", "mrr@10", "dims", "queries")}
             for task, of in json.load(open(path, encoding="utf-8")).items()} for path in sys.argv[1:]]
 same = figures[0] == figures[1]
-print(f"the exported model gives {'the same figures to the last digit' if same else 'OTHER FIGURES'}.")
+sys.exit(None if same else "the exported model gives other figures")
 PY
+echo "the exported model gives the same figures to the last digit."
 
 echo; echo "all stages helped, in $((SECONDS - start)) s."
