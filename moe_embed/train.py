@@ -130,7 +130,7 @@ def train(
     trackers.check(config.run.log_to, workdir)
     agreement.check(config, others={"--workdir": str(workdir), "--init_from": init_from})
     mesh = sharding.make_mesh(config.mesh)
-    cluster.choose_cache(jax.default_backend())
+    cluster.choose_cache(mesh.devices.flat[0].platform)
     cluster.on_first(lambda: same_run.check_kind(workdir))
     checkpoints = workdir / "checkpoints"
     first = checkpoint.newest_verified(checkpoints, say=print, strict=strict_restore)
