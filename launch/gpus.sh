@@ -44,7 +44,7 @@ ready_gpus() {
     if [ "$there" -gt 1 ] && [[ ${XLA_FLAGS:-} != *latency_hiding_scheduler* ]]; then
         export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true"
     fi
-    # Left to itself jax takes three quarters of a GPU's memory (jaxlib/xla_client.py); `plan` counts on these (topology.py).
-    if [ -z "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-.92}; fi
+    # Left to itself jax takes three quarters of a GPU's memory (jaxlib/xla_client.py); `plan` counts on this (topology.GPU_SHARE).
+    if [ -z "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}; fi
     echo "$there GPUs, $extra."
 }

@@ -5,6 +5,7 @@ over which mesh axes that dim is split, as an activation, as a parameter and as 
 does not know is an error that names parameter, shape, rule and mesh: nothing is ever replicated in silence.
 """
 
+import collections
 import dataclasses
 import math
 from typing import Literal
@@ -79,14 +80,16 @@ def _arranged(devices: list, sizes: tuple[int, int]) -> np.ndarray:
     A slice is what a fast network joins: a TPU slice, or a host of GPUs. jax.make_mesh refuses several of them, and on TPUs
     other than v5e sizes that are no whole axes of the slice.
     """
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
     data, expert = sizes
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    if data % len(slices) == 0 and len(devices) % len(slices) == 0:
+    if data % len(slices) == 0 and len(set(slices.values())) == 1:
         within = data // len(slices), expert
         return mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1), devices, allow_split_physical_axes=True)
-    in_order = sorted(devices, key=lambda device: (device.slice_index, device.id))  # experts over several slices
+    in_order = sorted(
+        devices, key=lambda device: (device.slice_index, device.id)
+    )  # experts over several slices, or uneven ones
     return np.array(in_order).reshape(sizes)
 
 

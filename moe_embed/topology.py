@@ -27,17 +27,18 @@ CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8",
 
 # TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. A link speed in Gbit/s there is the sum over a chip's links, one direction.
 # What a program can have of the HBM is what libtpu 0.0.42 says when it refuses one ("exceeds available HBM (15.75G)").
-# GPU: NVIDIA's data sheets of the SXM boards, dense; of the memory what launch/gpus.sh lets jax take; NVLink one way; a
+# GPU: NVIDIA's data sheets of the SXM boards, dense; of the memory GPU_SHARE, which launch/gpus.sh lets jax take; NVLink one way; a
 # 400 Gbit/s card for each GPU of several hosts.
+GPU_SHARE = 0.92
 CHIPS = (
     Chip(name="v5e", flops=197 * TERA, hbm=15.75 * GIB, bandwidth=819 * GB, wires=1600 * GB / 8, slices=FLAT),
     Chip(name="v6e", flops=918 * TERA, hbm=31.24 * GIB, bandwidth=1640 * GB, wires=3584 * GB / 8, slices=FLAT),
     Chip(name="v5p", flops=459 * TERA, hbm=95.73 * GIB, bandwidth=2765 * GB, wires=4800 * GB / 8, slices=CUBES, cores=2),
     Chip(name="v4", flops=275 * TERA, hbm=30.75 * GIB, bandwidth=1228 * GB, wires=2400 * GB / 8, slices=CUBES, cores=2,
          options=(("chip_config_name", "megacore"),)),
-    Chip(name="h100", flops=989 * TERA, hbm=0.92 * 80 * GB, bandwidth=3350 * GB, wires=450 * GB, network=50 * GB),
-    Chip(name="h200", flops=989 * TERA, hbm=0.92 * 141 * GB, bandwidth=4800 * GB, wires=450 * GB, network=50 * GB),
-    Chip(name="a100", flops=312 * TERA, hbm=0.92 * 80 * GB, bandwidth=2039 * GB, wires=300 * GB, network=50 * GB),
+    Chip(name="h100", flops=989 * TERA, hbm=GPU_SHARE * 80 * GB, bandwidth=3350 * GB, wires=450 * GB, network=50 * GB),
+    Chip(name="h200", flops=989 * TERA, hbm=GPU_SHARE * 141 * GB, bandwidth=4800 * GB, wires=450 * GB, network=50 * GB),
+    Chip(name="a100", flops=312 * TERA, hbm=GPU_SHARE * 80 * GB, bandwidth=2039 * GB, wires=300 * GB, network=50 * GB),
 )  # fmt: skip
 GPUS_A_HOST = 8
 

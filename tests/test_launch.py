@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from moe_embed import topology
 from tests import stand_ins
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -157,7 +158,7 @@ def test_jax_for_the_cuda_that_driver_and_cards_can_run(host, gpus, extra):
     assert f"{count} GPUs, {extra}." in done.stdout
     assert (host.state / "arguments").read_text() == "-m\0moe_embed.train\0a b\0"
     assert host.saw()["JAX_PLATFORMS"] == "cuda,cpu"
-    assert host.saw()["XLA_CLIENT_MEM_FRACTION"] == ".92"
+    assert host.saw()["XLA_CLIENT_MEM_FRACTION"] == str(topology.GPU_SHARE)
     assert ("--xla_gpu_enable_latency_hiding_scheduler=true" in host.saw().get("XLA_FLAGS", "")) == (count != "1")
     assert f"{extra} = [" in (ROOT / "pyproject.toml").read_text()
 

@@ -26,7 +26,7 @@ def test_a_gpu_host_is_planned_by_arithmetic():
     assert made["flops"]["model"] == pytest.approx(3.862e14, rel=1e-3)
     assert made["flops"]["compiled"] is None
     assert made["hbm"]["peak"] == sum(made["hbm"]["bars"].values())
-    assert made["hbm"]["limit"] == pytest.approx(0.92 * 80e9)
+    assert made["hbm"]["limit"] == topology.find("8xH100").chip.hbm
     assert made["collectives"]["total"] == pytest.approx(3.42e9, rel=0.01)
     assert made["collectives_source"] == "arithmetic"
     assert 0 < made["step_seconds"]["low"] < made["step_seconds"]["high"]

@@ -40,6 +40,8 @@ def test_experts_stay_within_a_host_where_they_can(hosts, sizes, by_host):
         mesh_DE = sharding._arranged(devices, sizes)
         assert sorted(d.id for d in mesh_DE.flat) == list(range(8))
         assert [[d.slice_index for d in row] for row in mesh_DE] == by_host
+    uneven = [Gpu(number, int(number > 2)) for number in range(8)]
+    assert [d.slice_index for d in sharding._arranged(uneven, (8, 1)).flat] == [0] * 3 + [1] * 5
 
 
 @pytest.mark.parametrize(

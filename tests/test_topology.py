@@ -52,5 +52,5 @@ def test_the_table_holds_what_the_makers_say():
     peaks = {chip.name: (chip.flops / 1e12, round(chip.hbm / 1e9), chip.bandwidth / 1e9) for chip in topology.CHIPS}
     assert peaks["v5e"] == (197, 17, 819)
     assert peaks["v5p"] == (459, 103, 2765)
-    assert peaks["h100"] == (989, 74, 3350)  # 92 % of 80 GB, as launch/gpus.sh has it
+    assert peaks["h100"] == (989, 74, 3350)  # 80 GB times GPU_SHARE
     assert all(len(set(chip.slices)) == len(chip.slices) for chip in topology.CHIPS)

@@ -12,16 +12,16 @@ import sys
 import jax
 import pytest
 
-from moe_embed import verb
+from moe_embed import cluster, verb
 from moe_embed.__main__ import VERBS
 from moe_embed.config import UserError
 
 
-def ends(main, *arguments, monkeypatch) -> int | None:
+def ends(main, *arguments, monkeypatch, copies=False) -> int | None:
     """The code a verb with this main exits with."""
     monkeypatch.setattr(sys, "argv", ["verb", *arguments])
     with pytest.raises(SystemExit) as caught:
-        verb.run(main)
+        verb.run(main, copies=copies)
     return caught.value.code
 
 
@@ -135,6 +135,17 @@ try:
 except RuntimeError:
     print("and no device was asked for", flush=True)
 """
+
+
+@pytest.mark.parametrize(
+    ("said", "code"), [("Gloo: peer closed", 76), ("NCCL operation failed", 76), ("no such axis", 1)]
+)
+def test_a_broken_collective_is_to_be_started_again(said, code, monkeypatch, capsys):
+    for name, value in (("several", True), ("failure", None)):
+        monkeypatch.setattr(cluster, name, lambda value=value: value)
+    monkeypatch.setattr(cluster, "end", lambda status, why: None)
+    assert ends(raising(RuntimeError(said)), monkeypatch=monkeypatch, copies=True) == code
+    assert said in capsys.readouterr().err
 
 
 def test_help_asks_for_no_device():

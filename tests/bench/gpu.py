@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 
 from moe_embed import config as config_lib
-from moe_embed import hf_config, verb
+from moe_embed import hf_config, topology, verb
 
 # FLOP/s, dense bfloat16, as the makers' data sheets have them.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -98,7 +98,7 @@ def in_process(part: str, *, seconds: float, peak: float | None) -> dict:
     command = [sys.executable, "-m", "tests.bench.gpu", f"--part={part}", f"--seconds={seconds - 5}"]
     command += [f"--peak={peak}"] if peak else []
     # A process of one part may fill the GPU; and the last line of a traceback is to be the error.
-    environment = os.environ | {"XLA_CLIENT_MEM_FRACTION": "0.92", "JAX_TRACEBACK_FILTERING": "off"}
+    environment = os.environ | {"XLA_CLIENT_MEM_FRACTION": str(topology.GPU_SHARE), "JAX_TRACEBACK_FILTERING": "off"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
     except subprocess.TimeoutExpired:
