@@ -12,9 +12,9 @@ A tenth of the pairs is kept out, with all that share a text with them, and sear
 sentence and a 95 % interval. Batch size, steps and warm-up follow from the number of pairs (three epochs). A smoke run:
 --config.run.steps=1. Shape, tokenizer and prompts are MODEL's.
 
-Rows follow from the pairs' tokens (rows and row_length are 0): before the first step up to 64 of the run's batches are measured, and rows
-chosen that hold them with little padding and at most three counts of micro-batches, 4,096 tokens each at most. Where memory
-is short, set fewer: --config.data.rows=2 --config.data.row_length=256.
+Rows follow from the pairs' tokens (rows and row_length are 0): before the first step up to 64 of the run's batches are measured, and
+rows chosen that hold them with little padding and at most three counts of micro-batches (longer runs have a fourth, for the worst
+batch), 4,096 tokens each at most. Where memory is short, set fewer: --config.data.rows=2 --config.data.row_length=256.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,8 @@
 # --type is plan's name (v5e-64, v6e-8, v5p-64, v4-8); --project=P, else gcloud's own; --version=RUNTIME, else by the type;
 # --dry-run prints every command and runs none. Said again, it finds the TPU and the run, and goes on following; Ctrl-C only stops that.
 # It stays for as long as the run: in tmux, or under nohup. Tracked files go to the hosts as they are here. W is one place for all hosts: gs://BUCKET/PATH,
-# in the TPU's region and open to its service account, or a folder that all mount. Exit status: the run's, 2 for a wrong argument, 1 where the TPU cannot be had or reached, 130 Ctrl-C.
+# in the TPU's region and open to its service account, or a folder that all mount. Exit status: the run's,
+# 2 for a wrong argument, 1 where the TPU cannot be had or reached, 130 after Ctrl-C.
 # 75, 76 and signals start the run again on the same TPU (launch/supervise.sh), at most RESTARTS (10) times; it continues by itself.
 # POLL=30: seconds between two looks at the state of the TPU. SETTLE=160: seconds for the other hosts to end when the first has, or be stopped:
 # a minute longer than jax needs to miss a killed process.

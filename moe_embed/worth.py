@@ -173,17 +173,14 @@ def conclude(workdir: pathlib.Path) -> str:
     figures, lines = {}, [f"{'':8}{'steps':>8}{'seconds':>10}{'parameters':>15}{'active':>15}{'before':>9}{'after':>8}"]
     for name in PARTS:
         root = workdir / name
-        config, rows, measured = (
-            read_description(root).config,
-            metrics.read(root / "metrics.jsonl"),
-            held_out.read(root),
-        )
+        config, rows = read_description(root).config, metrics.read(root / "metrics.jsonl")
+        measured = held_out.read(root)
         if measured is None or measured.after is None:
             raise UserError(f"{root} has not measured its held-out queries to the end; remove {root} and run again.")
         total, active = hf_layout.num_parameters(config.encoder, config.moe)
         took, before, after = (
             sum(row["seconds"] for row in rows),
-            *(100 * np.mean(list(figures.values())) for figures in (measured.before, measured.after)),
+            *(100 * np.mean(list(ndcg.values())) for ndcg in (measured.before, measured.after)),
         )
         lines.append(f"{name:8}{len(rows):8,}{took:10,.0f}{total:15,}{active:15,}{before:9.1f}{after:8.1f}")
         figures[name] = measured.after, took

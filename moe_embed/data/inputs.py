@@ -113,7 +113,7 @@ def _tfds(name: str) -> Iterator[tuple[str, dict | BadRow]]:
     builder, split = _builder(name)
     try:
         source = builder.as_data_source(split)
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # TFDS's words for a format it reads only from front to back
         raise UserError(f"{name} has no random access ({error}); prepare it with file_format=array_record.") from error
     for i in range(len(source)):
         try:
