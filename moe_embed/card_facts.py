@@ -107,8 +107,11 @@ def section(facts: Facts) -> str:
         header = "| task | " + " | ".join(f"{name}: nDCG@10 | recall@10" for name in systems) + " |\n"
         lines = [header, "|---|" + "---:|---:|" * len(systems) + "\n"]
         for task in facts.evaluation[systems[0]]:
+            of_systems = (of[task] if task in of else None for of in facts.evaluation.values())
             cells = (
-                f"{100 * facts.evaluation[s][task][metric]:.1f}" for s in systems for metric in ("ndcg@10", "recall@10")
+                f"{100 * figures[metric]:.1f}" if figures else "-"  # that system was not measured on it
+                for figures in of_systems
+                for metric in ("ndcg@10", "recall@10")
             )
             lines.append(f"| {task} | {' | '.join(cells)} |\n")
         parts.append("## Retrieval\n\nIn %, `python -m moe_embed.evaluate`.\n\n" + "".join(lines))

@@ -36,6 +36,7 @@ from moe_embed import (
     mteb_results,
     named_tasks,
     quantize,
+    results_table,
     retrieval,
     significance,
     stored,
@@ -51,7 +52,6 @@ from moe_embed.watch import watch
 
 MANY_TEXTS = 1_000  # take long enough to be said
 MANY = {"query": "queries", "document": "documents"}
-WIDTH = 100  # columns of a table
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.show:
         results = results_lib.read(arguments.show, "--show")
-        print(f"{table(results)}\nof {results_lib.says(results)}")
+        print(f"{results_table.table(results)}\nof {results_lib.says(results)}")
         return
     if arguments.compare:
         paths = arguments.compare.split(",")
@@ -85,7 +85,8 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--compare={arguments.compare} must name two outputs of evaluate, as in r.json,base.json.")
         both = [results_lib.read(pathlib.Path(path), "--compare") for path in paths]
         results_lib.check_same_texts(both, names=paths)
-        compared = comparison(*(queries_of(of, path) for of, path in zip(both, paths, strict=True)), names=paths)
+        queries = (results_table.queries_of(of, path) for of, path in zip(both, paths, strict=True))
+        compared = results_table.comparison(*queries, names=paths)
         for label, path, of in zip(("first", "second"), paths, both, strict=True):
             print(f"{label:<6}  {path}: {results_lib.says(of)}")
         print(compared)
@@ -135,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
         verb.say("ranking by BM25 ...")
         ranked = {task.name: measured(task, bm25.rank(task)) for task in tasks}
         results["bm25"] = results_lib.with_facts(ranked, tasks, model={"name": "bm25"}, version=moe_embed.__version__)
-    print(table(results))
+    print(results_table.table(results))
     stored.write_json(arguments.output, results if arguments.baseline else found)
     if arguments.mteb_results:
         mteb_results.write(arguments.mteb_results, tasks, found, digest=model.digest)
@@ -157,15 +158,6 @@ def open_tasks(
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"--task={text} has two tasks of one name; results go by a folder's name.")
     return tasks
-
-
-def queries_of(results: dict[str, dict[str, dict]], path: str) -> dict[str, dict[str, float]]:
-    """The model's nDCG@10 of each query in what was read from `path`: task -> query id -> value."""
-    own = next(iter(results.values()))
-    without = [task for task, values in own.items() if "queries" not in values]
-    if without:
-        raise UserError(f"{path} has no figures of single queries ({without[0]}); evaluate that model again.")
-    return {task: values["queries"] for task, values in own.items()}
 
 
 def evaluate(
@@ -245,79 +237,6 @@ def _check_ids(tasks: Sequence[Task]) -> None:
                 raise UserError(
                     f"--runs: {task.name} has the id {name!r:.60}; TREC's format takes none with white space."
                 )
-
-
-def comparison(first: dict, second: dict, *, names: Sequence[str]) -> str:
-    """A table of two systems' nDCG@10, task by task on the queries of both, and one line that says which is better."""
-    tasks = [task for task in first if task in second]
-    if not tasks:
-        raise UserError(f"{names[0]} and {names[1]} have no task in common.")
-    for task in tasks:
-        if first[task].keys() != second[task].keys():
-            raise UserError(f"{names[0]} and {names[1]} have other queries for {task}; evaluate both on the same task.")
-    pairs = [tuple(np.array([of[task][q] for q in first[task]]) for of in (first, second)) for task in tasks]
-    width = max(map(len, [*tasks, "mean"]))
-    lines = ["task".ljust(width) + f"  {'first':>7}  {'second':>7}  {'difference, 95 % interval':>28}"]
-
-    def row(label: str, some: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-        a, b = (100 * np.mean([pair[side].mean() for pair in some]) for side in (0, 1))
-        low, high = (100 * end for end in significance.interval([x - y for x, y in some]))
-        return label.ljust(width) + f"  {a:7.1f}  {b:7.1f}  {a - b:+8.1f}   {low:+6.1f} to {high:+6.1f}"
-
-    lines += [row(task, [pair]) for task, pair in zip(tasks, pairs, strict=True)]
-    if len(tasks) > 1:
-        lines += ["-" * len(lines[0]), row("mean", pairs)]
-    return "\n".join([*lines, significance.verdict([a - b for a, b in pairs], names=names)])
-
-
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """A table of percentages: a row a task, nDCG@10 and recall@10 for each system, and means by kind of task.
-
-    A task's nDCG@10 has its 95 % interval, a baseline's as well where that leaves the table within WIDTH columns.
-    """
-    systems = list(results)
-    names = list(results[systems[0]])
-    width = max(map(len, [*names, "mean cross-lingual"]))
-    sure = [system for system in systems if all("interval" in results[system][name] for name in names)]
-    if width + 19 * len(systems) + 15 * len(sure) > WIDTH:
-        sure = [system for system in sure if system == systems[0]]
-    lines = [" " * width + "".join(f"  {system:>{32 if system in sure else 17}}" for system in systems)]
-    heads = ("  nDCG@10  95 % interval recall@10" if system in sure else "  nDCG@10 recall@10" for system in systems)
-    lines.append("task".ljust(width) + "".join(heads))
-
-    def row(label: str, members: list[str]) -> str:
-        cells = ""
-        for system in systems:
-            ndcg, recall = (
-                100 * retrieval.mean_of(results[system], members, metric) for metric in ("ndcg@10", "recall@10")
-            )
-            between = " " * 15 if system in sure else ""
-            if between and label in names:
-                low, high = (100 * end for end in results[system][label]["interval"])
-                between = f"{f'{low:.1f} to {high:.1f}':>15}"
-            cells += f"  {ndcg:7.1f}{between} {recall:9.1f}"
-        return label.ljust(width) + cells
-
-    lines += [row(name, [name]) for name in names]
-    lines.append("-" * len(lines[1]))
-    whole = {f"mean of {name.partition('/')[0]}": name.partition("/")[0] for name in names if "/" in name}
-    lines += [row(title, [name for name in names if name.startswith(f"{label}/")]) for title, label in whole.items()]
-    miracl = [name for name in names if name.lower().startswith("miracl") and "/" in name]
-    sixteen = [name for name in miracl if not name.endswith(retrieval.SURPRISE)]
-    if 0 < len(sixteen) < len(miracl):
-        lines.append(row("without de and yo", sixteen))
-    groups = {
-        "mean monolingual": [name for name in names if not name.startswith("xling-")],
-        "mean cross-lingual": [name for name in names if name.startswith("xling-")],
-    }
-    lines += [row(label, members) for label, members in groups.items() if members]
-    own = results[systems[0]]
-    for kind, title in (("dims", "shorter vectors"), ("precisions", "smaller numbers")):
-        if kind in own[names[0]]:
-            lines.append(f"nDCG@10 of {title}, mean of all tasks:")
-            for key in own[names[0]][kind]:
-                lines.append(f"  {key:>6}  {100 * np.mean([own[name][kind][key]['ndcg@10'] for name in names]):5.1f}")
-    return "\n".join(lines)
 
 
 def _dims(text: str) -> list[int]:

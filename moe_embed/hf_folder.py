@@ -40,7 +40,6 @@ class Folder(NamedTuple):
     params: dict  # float32 numpy arrays; with "head" where the folder has the head of masked language modelling
     prompts: dict[str, str]  # {} where the folder has none
     tokenizer: tokenizer_lib.Tokenizer | tokenizer_lib.JsonTokenizer
-    tokenizer_path: pathlib.Path
     left_out: list[str]  # names of its tensors that are known and not used: a pooler, buffers
 
 
@@ -74,7 +73,7 @@ def read_folder(path: str | pathlib.Path) -> Folder:
             raise UserError(f"{weights} has numbers in {name} that are not finite.")
     with_head = kind in hf_layout.HEAD and any(name.startswith(hf_layout.HEAD_PREFIX[kind]) for name in tensors)
     params = hf_layout.from_tensors(tensors, encoder=encoder, moe=moe, with_head=with_head)
-    return Folder(kind, encoder, moe, params, prompts, tokenizer, tokenizer_path, left_out)
+    return Folder(kind, encoder, moe, params, prompts, tokenizer, left_out)
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -300,6 +299,12 @@ def _prompts(config: Mapping, folder: pathlib.Path) -> dict[str, str]:
     prompts = config["prompts"] if "prompts" in config and config["prompts"] is not None else {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise UserError(f"{folder / 'config_sentence_transformers.json'} has prompts that are not names and texts.")
+    default = config.get("default_prompt_name")
+    if default is not None and (not isinstance(default, str) or prompts.get(default) != ""):
+        raise UserError(
+            f"{folder / 'config_sentence_transformers.json'} puts the prompt {default!r:.60} in front of every text that is "
+            "given without one, which is not done here; make default_prompt_name null there, and name the prompt in use."
+        )
     if "passage" in prompts and "document" not in prompts:
         return {**prompts, "document": prompts["passage"]}
     return dict(prompts)

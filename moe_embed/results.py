@@ -88,6 +88,12 @@ def read(path: pathlib.Path, flag: str) -> dict[str, dict[str, dict]]:
         raise UserError(f"{flag}={path} is no output of evaluate ({error}).") from error
 
 
+def sizes(tasks: Mapping[str, Mapping], kind: str) -> list[str]:
+    """The "dims" or "precisions" that all tasks have, in the first one's order: a mean of some would be another mean."""
+    first, *others = [of_task[kind] if kind in of_task else {} for of_task in tasks.values()]
+    return [size for size in first if all(size in of_task for of_task in others)]
+
+
 def says(results: Mapping[str, Mapping[str, Mapping]]) -> str:
     """Of which model the first system's figures are, for a person; several where a file has several."""
     found = {}

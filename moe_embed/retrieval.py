@@ -1,8 +1,9 @@
 """Exact search and the published metrics: what train, embed and evaluate measure with."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -187,9 +188,13 @@ def measure_queries(task: Task, run: dict[str, dict[str, float]]) -> dict[str, n
     }
 
 
-def mean_of(figures: dict[str, dict], names: Sequence[str], metric: str) -> float:
-    """The mean over tasks, in which the parts of one ("cqadupstack/android", ...) together count once, as BEIR has it."""
-    parts: dict[str, list[float]] = {}
-    for name in names:
-        parts.setdefault(name.partition("/")[0], []).append(figures[name][metric])
-    return float(np.mean([np.mean(values) for values in parts.values()]))
+def mean_of(figures: Mapping[str, Mapping], names: Sequence[str], metric: str) -> float:
+    """The mean over tasks, by their `shares`."""
+    return float(np.dot(shares(names), [figures[name][metric] for name in names]))
+
+
+def shares(names: Sequence[str]) -> np.ndarray:
+    """What each task counts for in a mean, of sum 1: the parts of one ("cqadupstack/android", ...) count as one, as BEIR has it."""
+    wholes = [name.partition("/")[0] for name in names]
+    parts = collections.Counter(wholes)
+    return np.array([1 / (len(parts) * parts[whole]) for whole in wholes])

@@ -1,11 +1,11 @@
 """What the report says on retrieval: dev nDCG@10 over the steps, held-out pairs, what evaluate measured of the finished models."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from moe_embed import charts, held_out, page
+from moe_embed import charts, held_out, page, retrieval
 from moe_embed import results as results_lib
 from moe_embed.config import UserError
 from moe_embed.fields import count
@@ -79,7 +79,7 @@ def quality(runs: Sequence[Run], results: Sequence[Mapping[str, Mapping] | None]
 def of_outputs(runs: Sequence[Run], results: Sequence[Mapping[str, Mapping]]) -> tuple[str, list[str]]:
     """Sentences and figures of evaluate's outputs. UserError where they do not go together."""
     check_same_tasks(runs, results)
-    sized = [[size for kind in ("dims", "precisions") for size in sizes(tasks, kind)] for tasks in results]
+    sized = [[size for kind in ("dims", "precisions") for size in results_lib.sizes(tasks, kind)] for tasks in results]
     figures, said = [by_size(runs, results) if any(sized) else "", by_task(runs, results)], ""
     for run, of_run, tasks in zip(runs, sized, results, strict=True):
         said += page.say(f"Test tasks of {run.name}: measured with {results_lib.says({'': tasks})}.")
@@ -90,12 +90,6 @@ def of_outputs(runs: Sequence[Run], results: Sequence[Mapping[str, Mapping]]) ->
             )
             said += page.say(f"{run.name} was evaluated {what}.", missing=True)
     return said, figures
-
-
-def sizes(tasks: Mapping[str, Mapping], kind: str) -> list[str]:
-    """The "dims" or "precisions" that all tasks have, in the first one's order: a mean of some would be another mean."""
-    first, *others = [of_task[kind] if kind in of_task else {} for of_task in tasks.values()]
-    return [size for size in first if all(size in of_task for of_task in others)]
 
 
 def check_same_tasks(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> None:
@@ -123,15 +117,18 @@ def by_size(runs: Sequence[Run], results: Sequence[dict[str, dict]]) -> str:
     series, color = [], 1 + max(run.index for run in runs)
     for run, tasks in zip(runs, results, strict=True):
         whole = run.config.encoder.dim
-        mean = lambda pick, tasks=tasks: float(np.mean([pick(of_task)["ndcg@10"] for of_task in tasks.values()]))  # noqa: E731
-        cut = sorted(map(int, sizes(tasks, "dims")))
+
+        def mean(pick: Callable[[Mapping], Mapping], tasks=tasks) -> float:
+            return retrieval.mean_of({name: pick(of_task) for name, of_task in tasks.items()}, list(tasks), "ndcg@10")
+
+        cut = sorted(map(int, results_lib.sizes(tasks, "dims")))
         if cut and cut[-1] > whole:
             raise UserError(
                 f"--evaluation of {run.name} has vectors of {cut[-1]} numbers, its model {whole}: it is another model's."
             )
         at = {dim: mean(lambda of, d=str(dim): of["dims"][d]) for dim in cut} | {whole: mean(lambda of: of)}
         series.append(run.line(f"{run.name}: float32", list(at), list(at.values()), points=True))
-        for precision in sizes(tasks, "precisions"):
+        for precision in results_lib.sizes(tasks, "precisions"):
             value = mean(lambda of, p=precision: of["precisions"][p])
             series.append(run.line(f"{run.name}: {precision}", [whole], [value], color=color, points=True))
             color += 1

@@ -362,8 +362,9 @@ def model_of(prog: program.Program, state: dict, tokenizer, prompts: dict[str, s
 
 def evaluate(model: Model, tasks: Sequence[sources_lib.Task]) -> dict[str, float]:
     """nDCG@10 on the dev tasks: {"ndcg": mean, "ndcg/<task>": ...}."""
-    figures = {f"ndcg/{task.name}": float(values.mean()) for task, values in ndcg_of(model, tasks)}
-    return {"ndcg": float(np.mean(list(figures.values()))), **figures}
+    figures = {task.name: {"ndcg@10": float(values.mean())} for task, values in ndcg_of(model, tasks)}
+    mean = retrieval.mean_of(figures, list(figures), "ndcg@10")
+    return {"ndcg": mean} | {f"ndcg/{name}": of_task["ndcg@10"] for name, of_task in figures.items()}
 
 
 def per_query(model: Model, task: sources_lib.Task) -> dict[str, float]:

@@ -59,6 +59,12 @@ def test_figures_become_a_table():
     assert "| a | 50.1 | 75.0 | 10.0 | 20.0 |" in text
 
 
+def test_a_system_that_lacks_a_task_has_a_dash():
+    of = {"ndcg@10": 0.5, "recall@10": 0.75}
+    text = card(card_facts.Facts(evaluation={"moe_embed": {"a": of, "b": of}, "bm25": {"a": of}}))
+    assert "| b | 50.0 | 75.0 | - | - |" in text
+
+
 def test_the_front_matter_is_yaml_that_the_hub_reads():
     facts = flags("--license=apache-2.0", "--languages=de,no", "--base_model=a/b")
     read = yaml.safe_load(card(facts).split("---")[1])

@@ -33,12 +33,14 @@ def equal(a, b) -> bool:
 def test_folder_round_trip_with_prompts_and_length(tmp_path, encoder, moe):
     params = write_folder(tmp_path, encoder, moe)
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 12, "do_lower_case": false}')
-    (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: ", "passage": "d: "}}')
+    prompts = {"query": "q: ", "passage": "d: ", "none": ""}
+    written = {"prompts": prompts, "default_prompt_name": "none"}  # nothing in front of a text given without a name
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(written))
     found = hf_folder.read_folder(tmp_path)
     assert equal(params, found.params)  # through the file: a view would be scrambled
     assert (found.moe, found.encoder.max_seq_length, found.encoder.dim) == (moe, 12, 8)
-    assert found.prompts == {"query": "q: ", "passage": "d: ", "document": "d: "}
-    assert found.tokenizer_path.name == found.tokenizer.file_name == "tokenizer.json"
+    assert found.prompts == {**prompts, "document": "d: "}
+    assert found.tokenizer.file_name == "tokenizer.json"
     assert found.model_type == hf_layout.model_type(encoder, moe)
     assert found.left_out == []
 
@@ -198,6 +200,8 @@ def test_the_command_that_makes_a_tokenizer_json_of_a_vocab_txt(tmp_path):
     ("sentence_bert_config.json", '{"do_lower_case": true}', "do_lower_case"),
     ("config_sentence_transformers.json", '{"prompts": ["a"]}', "not names and texts"),
     ("config_sentence_transformers.json", "{", "cannot be read as JSON"),
+    ("config_sentence_transformers.json", '{"prompts": {"query": "q: "}, "default_prompt_name": "query"}', "'query' in front of every text"),
+    ("config_sentence_transformers.json", '{"prompts": {}, "default_prompt_name": ["a"]}', "make default_prompt_name null"),
     ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": false}', "other vectors than the mean"),
     ("sentence_xlm-roberta_config.json", '{"max_seq_length": 4}', "rename it to sentence_bert_config"),
     ("tokenizer_config.json", '{"do_lower_case": false}', "do_lower_case = False, tokenizer.json lowercase = True"),

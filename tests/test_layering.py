@@ -22,7 +22,7 @@ LAYERS = (
     {"sharding"},
     {"model", "model.capability", "model.attention", "model.layers", "model.grouped_matmul", "model.triton_grouped_matmul", "model.moe", "model.mlm_head",
      "model.encoder"},
-    {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "results", "significance", "bm25", "quantize", "hf_layout", "bias_fold", "hf_config", "hf_folder",
+    {"infonce", "ring_infonce", "objectives", "optim", "program", "checkpoint", "retrieval", "results", "results_table", "significance", "bm25", "quantize", "hf_layout", "bias_fold", "hf_config", "hf_folder",
      "tokenizer_json", "model_card", "load", "protocol", "mteb_model", "same_run", "held_out", "hlo", "hlo_count",
      "topology", "estimate", "ahead", "bars", "data_card", "named_tasks", "mteb_results", "watch", "saving", "beginning", "health", "card_facts", "calibrate", "gguf_file", "push", "vector_file", "run_data", "trackers", "page", "charts", "heat_map", "geometry", "expert_maps", "run_texts", "report_sections", "retrieval_section", "model_sections"},
     {""},  # moe_embed/__init__.py: the public names
