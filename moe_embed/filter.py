@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
 def plan(pairs: str, output: pathlib.Path) -> dict[str, pathlib.Path]:
     """Each file of --pairs and where its rows go; makes the folder for several. UserError where that cannot be."""
     paths = inputs.find(pairs)
-    if os.path.isfile(pairs):
+    if paths == [pairs]:
         verb.check_output(output, "--output")
         if not output.name.endswith((".jsonl", ".jsonl.gz")):
             raise UserError(f"--output={output} is no .jsonl or .jsonl.gz file; name one.")
@@ -77,8 +77,9 @@ def plan(pairs: str, output: pathlib.Path) -> dict[str, pathlib.Path]:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output={output} cannot be made: {error.strerror}.") from error
-    for path, other in itertools.product(outputs, outputs.values()):
-        if other.exists() and os.path.samefile(path, other):
+    written = set(map(os.path.realpath, outputs.values()))
+    for path in outputs:
+        if inputs.same(path) in written:
             raise UserError(f"--output={output} would write over {path}; name another.")
     return outputs
 

@@ -299,7 +299,7 @@ def _prompts(config: Mapping, folder: pathlib.Path) -> dict[str, str]:
     prompts = config["prompts"] if "prompts" in config and config["prompts"] is not None else {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise UserError(f"{folder / 'config_sentence_transformers.json'} has prompts that are not names and texts.")
-    default = config.get("default_prompt_name")
+    default = config["default_prompt_name"] if "default_prompt_name" in config else None
     if default is not None and (not isinstance(default, str) or prompts.get(default) != ""):
         raise UserError(
             f"{folder / 'config_sentence_transformers.json'} puts the prompt {default!r:.60} in front of every text that is "

@@ -16,6 +16,7 @@ Each row is written as it was, with "negatives" and "scores": the model's cosine
 A run that was stopped continues with the same command: vectors and what was found lie in OUTPUT.work until the end.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,6 +37,7 @@ from moe_embed.data import pairs as pairs_lib
 from moe_embed.load import Model, load
 
 CHUNK = 2_048  # texts a device encodes between two marks of progress
+LOCK, PROGRESS = "lock", "progress.json"  # in OUTPUT.work
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
     if not 1 <= a.num_negatives <= a.depth:
         raise UserError(f"--num_negatives={a.num_negatives} is not between 1 and --depth={a.depth}.")
     paths = inputs.find(a.pairs)
-    if a.output.exists() and any(os.path.samefile(path, a.output) for path in paths):
-        raise UserError(f"--output={a.output} is one of --pairs; name another.")
+    if os.path.realpath(a.output) in map(inputs.same, [*paths, a.corpus] if a.corpus else paths):
+        raise UserError(f"--output={a.output} is one of --pairs or --corpus; name another.")
     texts = collect(paths, corpus=a.corpus, query=a.query, document=a.document)
     print(
         f"{len(texts.rows):,} rows; {len(texts.queries):,} distinct queries among {len(texts.documents):,} documents."
@@ -87,6 +89,7 @@ class Collection:
     ids: list[set[tuple[int, str]]]  # for each query, the (file, id) of its rows
     answers_of_id: dict[tuple[int, str], set[int]]
     same: list[int]  # for each query, the document that has its text, or -1
+    crc_of: dict[str, int]  # of each file that was read
     digest: str  # of the files, in their order, and of the columns
 
 
@@ -94,6 +97,10 @@ def collect(
     paths: Sequence[str], *, corpus: str | None = None, query: str = "query", document: str = "document"
 ) -> Collection:
     """Read files of pairs, and a BEIR corpus.jsonl, once. UserError names file, line and fault."""
+    for path in paths:
+        tables.kind(path)  # to the digest a name of another kind would be a file that does not exist
+    files = [*paths, corpus] if corpus else paths
+    crc_of = {path: tables.digest(path) for path in files}
     queries, documents = {}, {}
     rows, answers, ids, answers_of_id = [], [], [], {}
     for file, path in enumerate(paths):
@@ -111,13 +118,19 @@ def collect(
     for text in sources.read_corpus(corpus).values() if corpus else ():
         documents.setdefault(text, len(documents))
     same = [documents[text] if text in documents else -1 for text in queries]
+    check_unchanged(crc_of)
     digest = hashlib.blake2b(json.dumps([query, document]).encode(), digest_size=16)
-    for path in [*paths, corpus] if corpus else paths:
-        digest.update(tables.digest(path).to_bytes(4, "little"))
-    columns = {"query": query, "document": document}
-    return Collection(
-        paths, columns, list(queries), list(documents), rows, answers, ids, answers_of_id, same, digest.hexdigest()
-    )
+    for path in files:
+        digest.update(crc_of[path].to_bytes(4, "little"))
+    columns, texts = {"query": query, "document": document}, (list(queries), list(documents))
+    return Collection(paths, columns, *texts, rows, answers, ids, answers_of_id, same, crc_of, digest.hexdigest())
+
+
+def check_unchanged(crc_of: dict[str, int]) -> None:
+    """UserError where the bytes of a file are others than they were."""
+    for path, crc in crc_of.items():
+        if tables.digest(path) != crc:
+            raise UserError(f"{path} changed while it was mined; run it again.")
 
 
 def positives(texts: Collection, query: int) -> set[int]:
@@ -138,10 +151,10 @@ def mine(
 ) -> dict[str, float]:
     """Write the rows of `texts` to `output` with hard negatives, and return what was counted (see `summary`).
 
-    Continues what an earlier call left in OUTPUT.work. UserError if that was of another model, files or dtype, or if no
-    row is left to write. Another `depth` searches again; other options need no work to be done twice.
+    Continues what an earlier call left in OUTPUT.work. UserError if that was of another model, files or dtype, if another
+    process works there, if a file is no longer what `collect` read, or if no row is left to write. Another `depth` searches
+    again; other options need no work to be done twice.
     """
-    work = _open_work(output, {"model": model.digest, "pairs and corpus": texts.digest, "dtype": dtype})
     chunk = CHUNK * (model.mesh.size if model.mesh else 1)
 
     def encoded(some: Sequence[str], task: str, first: int) -> Iterator[tuple[np.ndarray]]:
@@ -151,17 +164,32 @@ def mine(
                 raise UserError(f"the model gives a {task} vector that is not finite; nothing can be found with it.")
             yield (x_ND.astype(dtype),)
 
-    (document_CD,) = _fill(work, ["documents"], len(texts.documents), lambda n: encoded(texts.documents, "document", n))
-    (query_ND,) = _fill(work, ["queries"], len(texts.queries), lambda n: encoded(texts.queries, "query", n))
-    depth = min(depth, len(texts.documents))
-    names = [f"scores_{depth}", f"indices_{depth}"]
-    search = lambda n: retrieval.search(query_ND, document_CD, k=depth, mesh=model.mesh, first=n)  # noqa: E731
-    score_NC, index_NC = _fill(work, names, len(texts.queries), search)
-    counts = {"queries": len(texts.queries), "documents": len(texts.documents)}
-    options = {"num_negatives": num_negatives, "margin": margin, "drop_incomplete": drop_incomplete}
-    sources.write_lines(output, mined(texts, query_ND, document_CD, score_NC, index_NC, counts, **options))
-    shutil.rmtree(work.folder)
+    made_of = {"model": model.digest, "pairs and corpus": texts.digest, "dtype": dtype}
+    with _begun(output, made_of) as work:
+        (document_CD,) = _fill(
+            work, ["documents"], len(texts.documents), lambda n: encoded(texts.documents, "document", n)
+        )
+        (query_ND,) = _fill(work, ["queries"], len(texts.queries), lambda n: encoded(texts.queries, "query", n))
+        depth = min(depth, len(texts.documents))
+        names = [f"scores_{depth}", f"indices_{depth}"]
+        search = lambda n: retrieval.search(query_ND, document_CD, k=depth, mesh=model.mesh, first=n)  # noqa: E731
+        score_NC, index_NC = _fill(work, names, len(texts.queries), search)
+        counts = {"queries": len(texts.queries), "documents": len(texts.documents)}
+        options = {"num_negatives": num_negatives, "margin": margin, "drop_incomplete": drop_incomplete}
+        lines = mined(texts, query_ND, document_CD, score_NC, index_NC, counts, **options)
+        sources.write_lines(output, _while_unchanged(texts, lines))
+        _delete(work)
     return counts
+
+
+def _while_unchanged(texts: Collection, lines: Iterator[str]) -> Iterator[str]:
+    """The lines. Before they end, UserError if a file has changed: its rows were read a second time to write them."""
+    try:
+        yield from lines
+    except Exception:
+        check_unchanged(texts.crc_of)  # fewer rows, or none that is a pair: whatever it was, this is the cause
+        raise
+    check_unchanged(texts.crc_of)
 
 
 def mined(
@@ -265,22 +293,31 @@ class _Work:
     done: dict[str, int]  # rows of each array that are on disk
 
 
-def _open_work(output: pathlib.Path, made_of: dict[str, str]) -> _Work:
-    """OUTPUT.work, new or as an earlier run left it. UserError if that run was made of something else."""
+@contextlib.contextmanager
+def _begun(output: pathlib.Path, made_of: dict[str, str]) -> Iterator[_Work]:
+    """OUTPUT.work, new or as an earlier run left it, for this process alone. UserError if that run was made of something else."""
     folder = output.with_name(output.name + ".work")
     if folder.is_file():
         raise UserError(f"{folder} is a file, and the work of --output={output} needs a folder there.")
     try:
         folder.mkdir(exist_ok=True)
+        there = {path.name for path in folder.iterdir()}
+        if PROGRESS not in there and there - {LOCK, f"{PROGRESS}.partial"}:  # no lock is put in somebody's folder
+            raise UserError(f"{folder} holds something else, and the work of --output={output} is kept there; move it.")
+        lock = stored.open_alone(folder / LOCK)
+    except BlockingIOError as error:
+        raise UserError(f"another process mines {output}; wait for it, or name another --output.") from error
     except OSError as error:
         raise UserError(f"{folder}, where the work is kept, cannot be made: {error.strerror}.") from error
-    path = folder / "progress.json"
+    with lock:
+        yield _Work(folder, _rows_done(folder, made_of))
+
+
+def _rows_done(folder: pathlib.Path, made_of: dict[str, str]) -> dict[str, int]:
+    path = folder / PROGRESS
     if not path.is_file():
-        if any(folder.iterdir()):  # it is deleted at the end
-            raise UserError(f"{folder} holds something else, and the work of --output={output} is kept there; move it.")
-        work = _Work(folder, {})
         stored.write_json(path, {"made_of": made_of, "done": {}})
-        return work
+        return {}
     try:
         before = stored.read_json(path)
         before, done = before["made_of"], before["done"]
@@ -290,7 +327,15 @@ def _open_work(output: pathlib.Path, made_of: dict[str, str]) -> _Work:
     if other:
         raise UserError(f"{folder} holds the work of a run with another {' and another '.join(other)}; "
                         "delete it to start over, or name another --output.")  # fmt: skip
-    return _Work(folder, done)
+    return done
+
+
+def _delete(work: _Work) -> None:
+    """What this verb has put there, the lock last: who comes before that is told, and who comes after begins there."""
+    for path in [*work.folder.glob("*.npy"), work.folder / PROGRESS, work.folder / LOCK]:
+        path.unlink()
+    with contextlib.suppress(OSError):  # somebody has begun there, or keeps other things there
+        work.folder.rmdir()
 
 
 def _fill(
@@ -311,7 +356,7 @@ def _fill(
                 array.flush()  # on disk before it counts
             done += len(some[0])
             work.done[names[0]] = done
-            progress = work.folder / "progress.json"
+            progress = work.folder / PROGRESS
             stored.write_json(progress, stored.read_json(progress) | {"done": work.done})
             bar.update(len(some[0]))
     return [_open(path) for path in paths]

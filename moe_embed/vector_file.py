@@ -46,7 +46,7 @@ def write(
     """Write a .npy [count, dim], row i for text i, the bytes that np.save of `model.encode` writes; go on where one was stopped.
 
     UserError if what is there was begun with another model or other texts or options, if another process writes it, if it
-    cannot be read, or if there is no room for it.
+    cannot be read, if the texts are not those of `texts.digest`, or if there is no room for it.
     """
     dim = model.options(task, dim, None)[1]
     names = {"model": model.digest, "texts": texts.digest, "task": task, "dim": dim, "dtype": dtype}
@@ -69,14 +69,18 @@ def write(
             stored.write_json(record, {"made_of": names, "rows": 0, "of": texts.count})
             file.truncate(0)
             _append(file, header)
-        rest = itertools.islice(texts.read(), done, None)
+        read = hashlib.blake2b(digest_size=16)
+        rest = itertools.islice(_digested(texts.read(), read), done, None)
         with tqdm.tqdm(total=texts.count, initial=done, unit="text", disable=not progress, dynamic_ncols=True) as bar:
             for x_ND in model.encode_stream(rest, task, dim, bar=bar):
                 _append(file, x_ND.astype(dtype).tobytes())
                 done += len(x_ND)
                 stored.write_json(record, {"made_of": names, "rows": done, "of": texts.count})
-        if done != texts.count:
-            raise UserError(f"the texts of {path} changed while they were read: {texts.count:,} before, now {done:,}.")
+        if (done, read.hexdigest()) != (texts.count, texts.digest):
+            for begun in (record, partial):  # its rows would be taken for those of the texts as they were
+                begun.unlink()
+            counts = f": {texts.count:,} before, now {done:,}" if done != texts.count else ""
+            raise UserError(f"the texts of {path} changed while they were read{counts}; run it again.")
         partial.replace(path)
         record.unlink()
 
@@ -94,6 +98,14 @@ def cached(model: Model, folder: pathlib.Path, texts: Texts, *, task: str | None
     if x_ND.shape != (texts.count, model.encoder.dim) or x_ND.dtype != np.float32:
         raise UserError(f"{path} is {x_ND.dtype} {list(x_ND.shape)}, not what was written; delete it to make it again.")
     return x_ND
+
+
+def _digested(texts: Iterable[str], total) -> Iterator[str]:
+    """The texts as they come; `total`, a hash, is told of each as in data.corpus.survey."""
+    for text in texts:
+        data = text.encode()
+        total.update(b"%d:" % len(data) + data)
+        yield text
 
 
 def _header(count: int, dim: int, dtype: str) -> bytes:

@@ -297,3 +297,29 @@ def test_outputs_of_several_files_are_named_as_what_they_hold(tmp_path):
         (tmp_path / name).write_bytes(b"")
     outputs = filter_lib.plan(str(tmp_path / "*"), tmp_path / "out")
     assert {path.name for path in outputs.values()} == {"x.jsonl", "y.jsonl", "z.jsonl.gz", "v.jsonl.gz", "w.jsonl"}
+
+
+def test_an_input_is_known_as_inputs_knows_it(tmp_path, monkeypatch):
+    """os.path.samefile fails for names that are no paths, and takes s3://b/a.jsonl for a folder named s3:."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:" / "b").mkdir(parents=True)
+    for name in ("o.jsonl", "s3:/b/a.jsonl"):
+        write(tmp_path / name, random_rows(0, 3))
+    (tmp_path / "link.jsonl").symlink_to("o.jsonl")
+    for pairs, output in (("link.jsonl", "o.jsonl"), ("o.jsonl", "link.jsonl"), ("s3:/b/*.jsonl", "s3:/b")):
+        with pytest.raises(UserError, match="would write over"):
+            filter_lib.plan(pairs, pathlib.Path(output))
+    monkeypatch.setattr(inputs, "find", lambda text: [text])  # no network here
+    for pairs, output in (
+        ("s3://b/a.jsonl", "s3:/b/a.jsonl"),
+        ("gs://b/o.jsonl", "o.jsonl"),
+        ("hf:b/o.jsonl", "o.jsonl"),
+    ):
+        assert filter_lib.plan(pairs, pathlib.Path(output)) == {pairs: pathlib.Path(output)}  # one goes to a file
+    monkeypatch.setattr(inputs, "find", lambda text: ["s3://b/a.jsonl", "gs://b/o.jsonl", "hf:b/p.jsonl"])
+    write(tmp_path / "a.jsonl", random_rows(0, 3))
+    outputs = filter_lib.plan("s3://b/a.jsonl,gs://b/o.jsonl,hf:b/p.jsonl", tmp_path)
+    assert list(outputs.values()) == [tmp_path / name for name in ("a.jsonl", "o.jsonl", "p.jsonl")]
+    monkeypatch.setattr(inputs, "find", lambda text: ["o.jsonl", "tfds:a:train"])
+    with pytest.raises(UserError, match="tfds:a:train is no file of rows we read"):
+        filter_lib.plan("o.jsonl,tfds:a:train", tmp_path / "kept")

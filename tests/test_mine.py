@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import pathlib
+import shutil
 import types
 
 import jax
@@ -14,10 +15,10 @@ import pytest
 import moe_embed
 from moe_embed import config as config_lib
 from moe_embed import load as load_function
-from moe_embed import mine, retrieval, sharding
+from moe_embed import mine, retrieval, sharding, stored
 from moe_embed.config import UserError
+from moe_embed.data import inputs, sources
 from moe_embed.data import pairs as pairs_lib
-from moe_embed.data import sources
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, prompts_of, save
 from moe_embed.model import encoder
@@ -383,6 +384,152 @@ def test_work_of_another_run_is_refused(tmp_path, small, files):
     (output.with_name("o.jsonl.work") / "progress.json").write_text("{")
     with pytest.raises(UserError, match=r"progress\.json cannot be read"):
         run(fake(), files, output)
+
+
+def test_two_at_once_on_one_output(tmp_path, small, files):
+    """The second is told, and the first goes on to the bytes of one alone; a lock that a dead process left holds nobody up."""
+    run(fake(), files, tmp_path / "whole.jsonl")
+    output, told = tmp_path / "o.jsonl", []
+
+    def meanwhile(text):
+        if not told:
+            told.append("")
+            with pytest.raises(
+                UserError, match=r"another process mines .*o\.jsonl; wait for it, or name another"
+            ) as error:
+                run(fake(), files, output)
+            told.append(str(error.value))
+            run(fake(), files, tmp_path / "beside.jsonl")  # another output has work of its own
+        return vector(text)
+
+    run(fake(meanwhile), files, output)
+    assert told[1:]
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert output.read_bytes() == (tmp_path / "beside.jsonl").read_bytes() == whole
+    assert not list(tmp_path.glob("*.work"))
+    with pytest.raises(KeyboardInterrupt):
+        run(fake(stop_at=2), files, output)
+    assert (tmp_path / "o.jsonl.work" / "lock").is_file()
+    run(fake(), files, output)
+    assert output.read_bytes() == whole
+    run(fake(), files, output, num_negatives=1)
+    assert output.read_bytes() != whole
+
+
+def test_who_begins_while_the_work_is_deleted_keeps_the_folder(tmp_path, small, files, monkeypatch):
+    output, work, unlink, begun = tmp_path / "o.jsonl", tmp_path / "o.jsonl.work", pathlib.Path.unlink, []
+
+    def watched(path, **options):
+        unlink(path, **options)
+        if path == work / "lock":
+            begun.append(stored.open_alone(path))  # the other process, at its worst time
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "unlink", watched)
+        run(fake(), files, output)
+    begun[0].close()
+    assert [path.name for path in work.iterdir()] == ["lock"]
+    first = output.read_bytes()
+    run(fake(), files, output)
+    assert output.read_bytes() == first
+    run(fake(), files, output, num_negatives=1)
+    assert output.read_bytes() != first
+
+
+def changing(path: str, data: bytes):
+    """Vectors of a model that, at the first text, puts other bytes in a file."""
+    return lambda text: (pathlib.Path(path).write_bytes(data), vector(text))[1]
+
+
+def test_files_that_change_meanwhile_are_said_and_nothing_is_written(tmp_path, small):
+    rows, output = random_rows(0), tmp_path / "o.jsonl"
+    path, corpus = tmp_path / "a.jsonl", tmp_path / "c.jsonl"
+    documents = [{"_id": f"c{i}", "text": f"c{i}"} for i in range(9)]
+    several = {"query": "q0", "documents": ["d38", "d39", "new"], "id": ""}
+    changes = {
+        "a row less": rows[:-1],
+        "a row more": [*rows, rows[0]],
+        "no row": [],
+        "another order": rows[::-1],
+        "another text": [rows[0] | {"query": "new"}, *rows[1:]],
+        "more documents": [several, *rows[1:]],
+        "another column": [rows[0] | {"lang": "de"}, *rows[1:]],
+        "no pair": [*rows[:3], {"query": ""}, *rows[3:]],
+    }
+    output.write_text("of yesterday")
+    for name, changed in changes.items():
+        write(path, rows)
+        write(corpus, documents)
+        write(tmp_path / "new.jsonl", changed)
+        model = fake(changing(path, (tmp_path / "new.jsonl").read_bytes()))
+        with pytest.raises(UserError, match=r"a\.jsonl changed while it was mined"):
+            run(model, [str(path)], output, corpus=str(corpus))
+        assert output.read_text() == "of yesterday", name
+        shutil.rmtree(tmp_path / "o.jsonl.work")
+    write(path, rows)
+    with pytest.raises(UserError, match=r"c\.jsonl changed while it was mined"):
+        run(fake(changing(corpus, b"")), [str(path)], output, corpus=str(corpus))
+    assert output.read_text() == "of yesterday"
+    corpus.unlink()
+    with pytest.raises(UserError, match=r"c\.jsonl does not exist"):
+        run(fake(), [str(path)], output, corpus=str(corpus))
+    write(corpus, documents)
+    with pytest.raises(UserError, match=r"a\.jsonl does not exist"):
+        run(fake(lambda text: (path.unlink(missing_ok=True), vector(text))[1]), [str(path)], tmp_path / "p.jsonl")
+    assert not (tmp_path / "p.jsonl").exists()
+    write(path, rows)
+    shutil.rmtree(tmp_path / "o.jsonl.work")
+    found, _ = run(fake(changing(path, path.read_bytes())), [str(path)], output, corpus=str(corpus))  # the same bytes
+    assert len(found) == len(rows)
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_collection(tmp_path, files, monkeypatch):
+    """Else its vectors would lie in OUTPUT.work under the digest of other texts."""
+    read_rows = pairs_lib.read_rows
+
+    def changed(data):
+        def read(path, **columns):
+            pathlib.Path(path).write_bytes(data)
+            return read_rows(path, **columns)
+
+        return read
+
+    same = pathlib.Path(files[0]).read_bytes()
+    monkeypatch.setattr(pairs_lib, "read_rows", changed(same))
+    assert len(mine.collect(files[:1]).rows) == 60
+    monkeypatch.setattr(pairs_lib, "read_rows", changed(same[: same.index(b"\n") + 1]))
+    with pytest.raises(UserError, match=r"a\.jsonl changed while it was mined"):
+        mine.collect(files[:1])
+
+
+def test_an_input_is_known_as_inputs_knows_it(tmp_path, monkeypatch):
+    """os.path.samefile fails for names that are no paths, and takes s3://b/a.jsonl for a folder named s3:."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:" / "b").mkdir(parents=True)
+    pair = [{"query": "q", "document": "d", "_id": "c", "text": "t"}]
+    for name in ("o.jsonl", "s3:/b/a.jsonl", "c.jsonl"):
+        write(tmp_path / name, pair)
+    (tmp_path / "link.jsonl").symlink_to("o.jsonl")
+    with pytest.raises(UserError, match="hf:a/b:train is no file of rows we read"):
+        mine.main(["--model=m", "--pairs=hf:a/b:train", "--output=o.jsonl"])
+
+    class Reached(Exception):
+        pass
+
+    def reached(*_, **__):
+        raise Reached
+
+    monkeypatch.setattr(mine, "collect", reached)
+    for pairs, output in (("link.jsonl", "o.jsonl"), ("o.jsonl", "link.jsonl"), ("./s3:/b/a.jsonl", "s3:/b/a.jsonl")):
+        with pytest.raises(UserError, match=r"is one of --pairs"):
+            mine.main(["--model=m", f"--pairs={pairs}", f"--output={output}"])
+    with pytest.raises(UserError, match=r"is one of --pairs or --corpus"):
+        mine.main(["--model=m", "--pairs=o.jsonl", "--corpus=./c.jsonl", "--output=c.jsonl"])
+    monkeypatch.setattr(inputs, "find", lambda text: [text])  # no network here
+    for pairs in ("s3://b/a.jsonl", "gs://b/o.jsonl", "tfds:a:train"):
+        for output in ("o.jsonl", "s3:/b/a.jsonl"):
+            with pytest.raises(Reached):
+                mine.main(["--model=m", f"--pairs={pairs}", f"--output={output}"])
 
 
 def test_a_full_disk_is_said_before_it_is_full(tmp_path, files, monkeypatch):

@@ -187,8 +187,23 @@ def test_texts_that_change_while_they_are_read(model, tmp_path):
     for some in (TEXTS[:-1], [*TEXTS, "one more"]):
         with pytest.raises(UserError, match=f"changed while they were read: 23 before, now {len(some)}"):
             vector_file.write(model, tmp_path / "e.npy", texts_of()._replace(read=lambda some=some: iter(some)))
-        assert not (tmp_path / "e.npy").exists()
-        (tmp_path / "e.npy.progress.json").unlink()
+        assert not list(tmp_path.iterdir())  # rows of other texts are no beginning
+
+
+@pytest.mark.parametrize("place", [0, 4, 11, 22])
+def test_as_many_other_texts_are_no_less_a_change(model, tmp_path, place):
+    path, other = tmp_path / "e.npy", [*TEXTS[:place], "other", *TEXTS[place + 1 :]]
+    path.write_bytes(b"of yesterday")
+    begin(model, path)  # a part is there: what was encoded before is read again as well
+    with pytest.raises(UserError, match=r"e\.npy changed while they were read; run it again"):
+        vector_file.write(model, path, texts_of()._replace(read=lambda: iter(other)))
+    with pytest.raises(UserError, match="changed while they were read"):
+        vector_file.write(model, path, texts_of()._replace(read=lambda: iter(TEXTS[::-1])))
+    assert path.read_bytes() == b"of yesterday"
+    assert [p.name for p in tmp_path.iterdir()] == ["e.npy"]
+    vector_file.write(model, path, texts_of())
+    assert path.read_bytes() == saved(model.encode(TEXTS))
+    assert path.read_bytes() != saved(model.encode(other))
 
 
 def test_a_fault_of_reading_is_not_called_one_of_writing(model, tmp_path, monkeypatch):
