@@ -69,7 +69,7 @@ def split(sources: Sequence[Source], *, share: float, say: Callable[[str], None]
     wanted, room = min(share * len(pairs), MOST_QUERIES), max(share, MOST_SHARE) * len(pairs)
     out, num_out, asked = set(), 0, 0
     for group in order:
-        enough = num_out >= wanted and asked >= min(FEW_QUERIES, MOST_QUERIES)
+        enough = num_out >= wanted and asked >= FEW_QUERIES
         if not enough and num_out + sizes[group] <= room:  # a group that is half of the data is no sample of it
             out.add(group)
             num_out, asked = num_out + sizes[group], asked + len(queries[group])

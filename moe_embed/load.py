@@ -338,11 +338,16 @@ def save(model: Model, output: str | pathlib.Path, *, made_by: str) -> None:
         folder.rename(root)
 
 
-def check_model_output(root: pathlib.Path) -> None:
-    """UserError, before any work, unless `save` may write a model folder at `root`; the folder it is to be in is made."""
+def check_model_output(root: pathlib.Path, *, read: Sequence[str] = ()) -> None:
+    """UserError, before any work, unless `save` may write a model folder at `root`; the folder it is to be in is made.
+
+    `read` are the models that the work reads: none of them is to be replaced by what is made of it.
+    """
     make_parent(root)
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return
+    if any(pathlib.Path(path).exists() and root.samefile(path) for path in read):
+        raise UserError(f"--output={root} is the model that is read; it would be replaced, so name another folder.")
     if not bucket.is_file(root / DESCRIPTION) or read_description(root).config is not None:
         raise UserError(f"--output={root} exists and is no earlier model folder; name another.")
     own = {DESCRIPTION, tokenizer_lib.Tokenizer.file_name, tokenizer_lib.JsonTokenizer.file_name}

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import tqdm
@@ -25,6 +26,7 @@ import tqdm
 from moe_embed import data_card, run_data, stored, verb
 from moe_embed.config import UserError
 from moe_embed.data import inputs, loading, prepared, spool
+from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.data.hygiene import Rules
 
 WORK = ".preparing"  # in DIR, until the manifest is there
@@ -90,9 +92,13 @@ def prepare(
         identities = list(pool.map(spool.identity, names))
     order = {"inputs": identities, "shard_size": shard_size}  # to know it again
     order |= {"benchmarks": [spool.benchmark_identity(folder) for folder in settings.benchmarks]}
-    order |= {"settings": dataclasses.asdict(settings), "format": prepared.FORMAT}
+    tokenizer = zlib.crc32(tokenizer_lib.read(settings.tokenizer).model_bytes)  # wherever it lies
+    order |= {"settings": dataclasses.asdict(settings) | {"tokenizer": tokenizer}, "format": prepared.FORMAT}
     order = json.loads(json.dumps(order))  # as it is read back
     if _is_finished(output, order):
+        if (output / WORK).exists():  # the call that wrote the manifest was killed before it could delete this
+            with _begun(output, order) as work:
+                shutil.rmtree(work)
         print(f"{output} is finished: the same inputs and options. Nothing to do.")
         return
     with _begun(output, order) as work:
@@ -145,7 +151,7 @@ def _is_finished(output: pathlib.Path, order: dict) -> bool:
     if prepared.read_manifest(output)["order"] == order:
         return True
     raise UserError(
-        f"{output} was prepared from other inputs or with other options (bytes of inputs and benchmarks count); "
+        f"{output} was prepared from other inputs or with other options (bytes of inputs, benchmarks and the tokenizer count); "
         "name another --output."
     )
 
@@ -169,7 +175,7 @@ def _begun(output: pathlib.Path, order: dict) -> Iterator[pathlib.Path]:
                 stored.write_json(work / "order.json", order)
             elif stored.read_json(work / "order.json") != order:
                 raise UserError(
-                    f"{output} was begun from other inputs or with other options (bytes of inputs and benchmarks count); "
+                    f"{output} was begun from other inputs or with other options (bytes of inputs, benchmarks and the tokenizer count); "
                     "delete it, or name another --output."
                 )
         except OSError as error:

@@ -123,15 +123,16 @@ def keep_cards(config: Config, workdir: pathlib.Path) -> None:
 def what_was_cut(rows: Sequence[dict], config: Config) -> str:
     """Which share of the texts was longer than what is read of them; "" where hardly any was.
 
-    `rows` are those of a single process: of several each counts what it cut of its own pairs alone.
+    `rows` are those of a single process: of several each counts what it cut of its own pairs alone. Rows of older versions do
+    not say how many texts there were, hard negatives among them, and are passed over.
     """
-    pairs = len(rows) * config.data.batch_size
     said = []
     for side, things in (("query", "queries"), ("document", "documents")):
         longest = min(getattr(config.data, f"{side}_length"), config.encoder.max_seq_length)
-        number = sum(row[f"cut_{things}"] for row in rows if f"cut_{things}" in row)
-        if number > WORTH_SAYING * pairs:
-            said.append(f"{number / pairs:.0%} of the {things} were longer than {longest} tokens")
+        counted = [row for row in rows if things in row]
+        encoded, cut = (sum(row[name] for row in counted) for name in (things, f"cut_{things}"))
+        if cut > WORTH_SAYING * encoded:
+            said.append(f"{cut / encoded:.0%} of the {things} were longer than {longest} tokens")
     return f"cut         {' and '.join(said)}: the rest of them was not read" if said else ""
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import statistics
 from collections.abc import Iterable
 
@@ -14,6 +15,7 @@ from moe_embed.data.pairs import Pair
 TEXTS = 200  # of a language, and of a source
 PAIRS = 600  # of all sources together
 TRANSLATIONS = 30
+CROSSING = re.compile(r"[a-z]{2,3}-[a-z]{2,3}")  # de-en; a region or a script (pt-BR, zh-Hant) is no second language
 
 # For runs that have none: from the user interfaces of everyday programs, written for this file.
 PARALLEL = (
@@ -39,7 +41,7 @@ class Sample:
     languages: dict[str, list[str]]  # monolingual documents, or texts
     sources: dict[str, list[str]]
     pairs: dict[str, list[Pair]]  # by source
-    translations: list[Pair]  # whose language has a "-": de-en
+    translations: list[Pair]  # whose language is two: de-en
 
 
 def read(config: Config) -> Sample:
@@ -60,7 +62,7 @@ def read(config: Config) -> Sample:
         pairs[name], of_source[name] = some, [some[i].document for i in spread(len(some), TEXTS)]
         for lang, places in source.by_language().items():
             chosen = source.take(places[spread(len(places), TEXTS)])
-            if lang and "-" not in lang:
+            if lang and not CROSSING.fullmatch(lang):
                 languages.setdefault(lang, []).extend(pair.document for pair in chosen)
             elif lang:
                 crossing.setdefault(name, {})[lang] = chosen
@@ -80,7 +82,7 @@ def _read_texts(path: str, name: str, config: Config, *, languages: dict, of_sou
     ):
         of_source.setdefault(name, []).extend(texts.texts[i] for i in spread(len(texts), TEXTS))
         for lang, places in mixture.by_language(texts.langs).items():
-            if lang and "-" not in lang:
+            if lang and not CROSSING.fullmatch(lang):
                 languages.setdefault(lang, []).extend(texts.texts[i] for i in places[spread(len(places), TEXTS)])
 
 

@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--weights", help="a number for each model; only their ratio counts (default: equal)")
     parser.add_argument("--method", choices=("average", "slerp"), default="average")
     arguments = parser.parse_args(argv)
-    check_model_output(arguments.output)
     paths = [path for path in arguments.models.split(",") if path]
+    check_model_output(arguments.output, read=paths)
     shares = _shares(arguments.weights, len(paths))
     _check_count(len(paths), arguments.method)
     models = [load(path) for path in paths]

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     a = parser.parse_args(argv)
     if a.preset == "contrastors" and a.noise is not None:
         raise UserError("--noise belongs to --preset=ours; the public code's experts start as equal copies.")
-    check_model_output(a.output)
+    check_model_output(a.output, read=[a.model])
     dense, moe = load(a.model), Moe(num_experts=a.num_experts, top_k=a.top_k, every=a.every)
     texts = sample_texts()
     noise = NOISE if a.noise is None else a.noise

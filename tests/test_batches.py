@@ -141,6 +141,13 @@ def test_the_worst_case_fits(tokenizer, monkeypatch, row_length, texts_per_row):
     assert made.batch_at(0).counts["cut_queries"] == 0
 
 
+def test_what_is_encoded_is_counted(tokenizer):
+    made = batches_lib.Batches([Source("a", TWO, 0)], tokenizer, config(batch_size=4, num_negatives=2), num_shards=2)
+    assert (made.batch_at(0).counts["queries"], made.batch_at(0).counts["documents"]) == (4, 9)  # of 12 places
+    made = batches_lib.Batches([Source("a", TWO, 0)], tokenizer, config(batch_size=4, num_negatives=1), num_shards=2)
+    assert (made.batch_at(0).counts["queries"], made.batch_at(0).counts["documents"]) == (4, 7)
+
+
 def test_rows_of_real_pairs_are_at_least_nine_tenths_useful(tokenizer, crosslingual):
     c = config(batch_size=256, row_length=512, rows=4, texts_per_row=64)  # pairs are short: 22 texts fill a row
     made = batches_lib.Batches([crosslingual], tokenizer, c, num_shards=1)

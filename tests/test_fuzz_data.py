@@ -86,7 +86,7 @@ def check(suffix: str, tmp_path, *, count: int) -> dict[str, int]:
         assert all(tables.is_text(text) for pair in source.pairs for text in pair.negatives)
         tally = Tally(str(path), max_bad_fraction=0.9)
         rows = list(tables.rows(str(path)))
-        list(tally.good_of(iter(rows), lambda row, place, number: sources.pairs_lib.of_row(row, place, number, query="query", document="document")))  # fmt: skip
+        list(tally.good_of(iter(rows), lambda row, place: sources.pairs_lib.of_row(row, place, query="query", document="document")))  # fmt: skip
         assert tally.good + tally.bad.total() == len(rows)  # every row is in one of the counts
         assert bool(source.left_out) == bool(tally.bad)
         source.pairs[0].query.encode()

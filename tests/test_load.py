@@ -14,7 +14,7 @@ from moe_embed import config as config_lib
 from moe_embed import load as load_function
 from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import SPARE, Model, _rows, load, save, write_description
+from moe_embed.load import SPARE, Model, _rows, check_model_output, load, save, write_description
 from moe_embed.model import encoder
 
 TEXTS = [
@@ -107,6 +107,15 @@ def test_a_model_folder_is_replaced_and_nothing_else(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
         save(model, tmp_path / "file" / "m", made_by="a test")
+
+
+def test_a_model_that_is_read_is_not_replaced(model, tmp_path):
+    save(model, tmp_path / "m", made_by="a test")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    check_model_output(tmp_path / "m", read=[str(tmp_path / "other"), str(tmp_path / "gone")])
+    for output, read in (("m", "m"), ("m", "link"), ("link", "m"), ("m/../m", "m")):
+        with pytest.raises(UserError, match="is the model that is read; it would be replaced, so name another folder"):
+            check_model_output(tmp_path / output, read=[str(tmp_path / "other"), str(tmp_path / read)])
 
 
 def test_chunks_and_a_stream_are_the_same_vectors(model, monkeypatch):

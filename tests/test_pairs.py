@@ -12,7 +12,7 @@ from moe_embed.data.tables import BadRow
 
 
 def of(row, **columns) -> list[Pair]:
-    return pairs_lib.of_row(row, "f:7", 6, **{"query": "query", "document": "document"} | columns)
+    return pairs_lib.of_row(row, "f:7", **{"query": "query", "document": "document"} | columns)
 
 
 def test_every_kind_of_columns():
@@ -24,7 +24,6 @@ def test_every_kind_of_columns():
     assert of({"title": "q", "body": "d", "negatives": ["n"]}, query="title", document="body") == expected
     assert of({"title": "q", "body": "d"}, query="title", document="body") != expected
     assert of({"query": "q", "documents": ["d", "e"]}) == [Pair("q", "d"), Pair("q", "e")]
-    assert of({"query": "q", "document": "d"})[0].row == 6
 
 
 def test_nomics_rows_name_their_columns_themselves():
@@ -105,5 +104,5 @@ def test_what_json_has_no_kind_for_is_written_as_text_but_for_bytes():
 
 def test_a_negatives_column_without_a_value_hides_no_negative():
     row = {"metadata": {"objective": {"triplet": [["q", "d", "n"]]}}, "q": "a", "d": "b", "n": ["c"], "negatives": None}
-    (pair,) = pairs_lib.of_row(row, "here", 0, query="query", document="document")
+    (pair,) = pairs_lib.of_row(row, "here", query="query", document="document")
     assert pair.negatives == ("c",)

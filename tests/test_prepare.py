@@ -1,5 +1,7 @@
 """The verb: from files to a folder that train reads, the same bytes each time, continued when stopped."""
 
+import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 import time
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from moe_embed import prepare
 from moe_embed.config import UserError
@@ -69,7 +72,9 @@ def test_changed_bytes_of_the_same_length_are_another_order(tmp_path, capsys):
         path.write_bytes(before.replace(old, new))
         os.utime(path, ns=(dates.st_atime_ns, dates.st_mtime_ns))
         for output in ("done", "begun"):
-            with pytest.raises(UserError, match=r"from other inputs .*bytes of inputs and benchmarks count"):
+            with pytest.raises(
+                UserError, match=r"from other inputs .*bytes of inputs, benchmarks and the tokenizer count"
+            ):
                 run(*arguments, f"--output={tmp_path}/{output}")
         path.write_bytes(before)
 
@@ -141,6 +146,60 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
             run(f"--input={tmp_path}/a.jsonl", f"--output={output}")
         run(*arguments, f"--output={output}")
         assert files(output) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("half_deleted", [False, True])
+def test_what_a_kill_leaves_beside_the_manifest_is_cleared_away(tmp_path, monkeypatch, capsys, half_deleted):
+    write(tmp_path / "a.jsonl", 50)
+    arguments = f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments)
+    work, made = tmp_path / "out" / prepare.WORK, files(tmp_path / "out")
+    assert prepared.MANIFEST in made
+    assert any(work.iterdir())
+    if half_deleted:
+        (work / "order.json").unlink()
+    with open(work / "lock", "ab") as other:  # the call that made it, about to delete it
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process prepares"):
+            run(*arguments)
+    assert any(work.iterdir())
+    run(*arguments)
+    assert "is finished" in capsys.readouterr().out
+    assert not work.exists()
+    assert files(tmp_path / "out") == made
+
+
+def test_the_tokenizer_is_known_by_its_bytes(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a.jsonl", 50)
+    (tmp_path / "elsewhere").mkdir()
+    one, copy = tmp_path / "t.model", tmp_path / "elsewhere" / "t.model"
+    for path in (one, copy):
+        shutil.copy(prepare.SAMPLE_TOKENIZER, path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    for output in ("done", "begun"):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if output == "begun":
+                patch.setattr(spool, "write_shard", stop)
+            run(f"--input={tmp_path}/a.jsonl", f"--tokenizer={one}", f"--output={tmp_path}/{output}")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(one.read_bytes())
+    proto.trainer_spec.model_prefix = "another"
+    one.write_bytes(proto.SerializeToString())
+    for output in ("done", "begun"):
+        with pytest.raises(UserError, match="from other inputs or with other options"):
+            run(f"--input={tmp_path}/a.jsonl", f"--tokenizer={one}", f"--output={tmp_path}/{output}")
+        run(f"--input={tmp_path}/a.jsonl", f"--tokenizer={copy}", f"--output={tmp_path}/{output}")
+    assert "done is finished" in capsys.readouterr().out
+    assert files(tmp_path / "begun") == files(tmp_path / "done")
 
 
 def test_killed_processes_leave_nothing_believed(tmp_path):

@@ -91,10 +91,25 @@ def test_what_prepare_said_of_the_data_stays_with_the_run(tmp_path, config):
 
 
 def test_what_was_cut_is_said():
-    rows = [{"cut_queries": 0.0, "cut_documents": 3.0}, {"cut_queries": 0.0, "cut_documents": 1.0}]
     c = tiny.config(data={"batch_size": 8, "document_length": 16})
-    assert (
-        run_data.what_was_cut(rows, c)
-        == "cut         25% of the documents were longer than 16 tokens: the rest of them was not read"
-    )
+    rows = [
+        {"queries": 8, "cut_queries": 0, "documents": documents, "cut_documents": cut}
+        for documents, cut in ((24, 5), (16, 5))
+    ]
+    said = "cut         25% of the documents were longer than 16 tokens: the rest of them was not read"
+    assert run_data.what_was_cut(rows, c) == said
+    assert run_data.what_was_cut([*rows, {"loss": 1.0}], c) == said
+    assert run_data.what_was_cut([rows[0] | {"documents": 60}], c) != said
     assert run_data.what_was_cut([{"loss": 1.0}], c) == run_data.what_was_cut([], c) == ""
+    # a row of a version that did not count what was encoded says no share
+    assert run_data.what_was_cut([{"cut_queries": 0, "cut_documents": 8}], c) == ""
+
+
+@pytest.mark.parametrize(("long", "share"), [(4, "100%"), (1, "25%"), (0, "")])
+def test_hard_negatives_are_among_the_documents_that_can_be_cut(tmp_path, config, long, share):
+    texts = ["page " * 99 if i < long else "short" for i in range(4)]
+    rows = [{"query": f"q{i}", "document": f"{i} {texts[0]}", "negatives": [f"{i} {n} {texts[n]}" for n in (1, 2, 3)]} for i in range(40)]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = open_(config, sources=(f"{tmp_path}/a.jsonl",), num_negatives=3, document_length=32)
+    said = run_data.what_was_cut([made.batch_at(step).counts for step in range(4)], config)
+    assert said.startswith(f"cut         {share} of the documents were longer") if share else not said

@@ -30,6 +30,19 @@ def test_languages_and_translations(tmp_path, monkeypatch):
     assert sample.sources == {"p": ["r", "c"]}
 
 
+@pytest.mark.parametrize(
+    ("lang", "crosses"),
+    [("de-en", True), ("deu-eng", True), ("pt-BR", False), ("zh-Hant", False), ("es-419", False), ("de-", False)],
+)
+def test_a_region_or_a_script_is_no_second_language(tmp_path, lang, crosses):
+    lines(tmp_path / "p.jsonl", [{"q": "q", "d": "a", "lang": lang}])
+    sample = run_texts.read(config_of(tmp_path / "p.jsonl"))
+    assert list(sample.languages) == ([] if crosses else [lang])
+    assert [pair.document for pair in sample.translations] == (["a"] if crosses else [])
+    texts = run_texts.read(config_of(tmp_path / "p.jsonl", objective="mlm"))
+    assert texts.languages == ({} if crosses else {lang: ["a"]})
+
+
 def test_texts_of_a_source_that_is_sorted_by_language_are_of_all_its_languages(tmp_path):
     rows = [{"q": "q", "d": f"{lang} {i}", "lang": lang} for lang in ("de", "en", "ru") for i in range(400)]
     lines(tmp_path / "p.jsonl", rows)

@@ -135,6 +135,20 @@ def test_the_verb_writes_a_model_folder(models, tmp_path, capsys):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("name", ["a", "b", "link"])
+def test_no_model_is_replaced_by_its_soup(models, tmp_path, name):
+    for model, place in zip(models, ("a", "b", "earlier"), strict=True):
+        save(model, tmp_path / place, made_by="test")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    arguments = [f"--models={tmp_path / 'a'},{tmp_path / 'b'}"]
+    with pytest.raises(UserError, match=f"{name} is the model that is read"):
+        soup.main([*arguments, f"--output={tmp_path / name}"])
+    for model, place in zip(models, "ab", strict=False):
+        assert all(map(np.array_equal, leaves(load(tmp_path / place)), leaves(model)))
+    soup.main([*arguments, f"--output={tmp_path / 'earlier'}"])  # not one of them: it is replaced
+    assert not all(map(np.array_equal, leaves(load(tmp_path / "earlier")), leaves(models[2])))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

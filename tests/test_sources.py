@@ -4,11 +4,13 @@ import gzip
 import io
 import json
 import pickle
+import re
 import zlib
 
 import numpy as np
 import pytest
 
+from moe_embed import prepare
 from moe_embed.config import UserError
 from moe_embed.data import sources
 from moe_embed.data.pairs import Pair
@@ -212,18 +214,32 @@ def test_a_blank_line_among_texts_is_named_because_row_i_is_line_i(tmp_path):
     assert list(sources.read_texts(str(path))) == ["a", "b"]
 
 
+@pytest.mark.parametrize("reader", [sources.read_sources, sources.read_text_sources])
+def test_of_a_beir_folder_it_is_said_what_makes_it_pairs(tmp_path, reader):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "d", "text": "a document"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "a query"}\n')
+    with pytest.raises(UserError, match="is no prepared data set"):  # nor can prepare make one: nothing to train on
+        reader(str(folder))
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    with pytest.raises(UserError, match="is a BEIR folder; run prepare on it first") as fault:
+        reader(str(folder))
+    (command,) = re.findall(r"python -m moe_embed\.prepare (.*) --output=DIR", str(fault.value))
+    prepare.main([command, f"--output={tmp_path}/out", "--processes=1"])
+    assert len(reader(f"{tmp_path}/out")) == 1
+
+
 def read(path, *rows, **columns) -> list[Pair]:
     return sources.read_source(write(path, lines(rows)), **columns).pairs
 
 
 def test_a_list_of_documents_is_as_many_pairs(tmp_path):
     row = {"query": "q", "documents": ["d", "e"], "negatives": ["n"], "scores": [3, 2, 1.5], "id": "i", "lang": "de"}
-    one, other = read(tmp_path / "a.jsonl", row, {"query": "r", "document": "f"})[:2]
+    one, other, last = read(tmp_path / "a.jsonl", row, {"query": "r", "document": "f"})
     assert one == Pair("q", "d", ("n",), "de", "i", (3.0, 1.5))
     assert other == Pair("q", "e", ("n",), "de", "i", (2.0, 1.5))
-    again = read(tmp_path / "a.jsonl", row, {"query": "r", "document": "f"})
-    assert [pair.row for pair in again] == [0, 0, 1]
-    assert again[2] == Pair("r", "f")
+    assert last == Pair("r", "f")
     both = row | {"document": "own"}  # the column that is asked for comes first
     assert [pair.document for pair in read(tmp_path / "a.jsonl", {**both, "scores": [3, 1]})] == ["own"]
     named = {"question": "q", "passage": "p"}

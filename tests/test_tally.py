@@ -10,15 +10,15 @@ GOOD = [(f"f:{i}", {"n": i}) for i in range(1, 9)]
 UNREADABLE = ("f:9", BadRow("f:9 is not JSON.", reason="not JSON"))
 
 
-def make(row, place, number):
+def make(row, place):
     if row["n"] == 3:
         raise BadRow(f"{place} is three.", reason="three")
-    return row["n"], number
+    return row["n"], place
 
 
 def test_good_rows_pass_and_bad_ones_are_counted():
     tally = Tally("f", max_bad_fraction=0.3)
-    assert list(tally.good_of([*GOOD, UNREADABLE], make)) == [(n, n - 1) for n in (1, 2, 4, 5, 6, 7, 8)]
+    assert list(tally.good_of([*GOOD, UNREADABLE], make)) == [(n, f"f:{n}") for n in (1, 2, 4, 5, 6, 7, 8)]
     assert (tally.good, dict(tally.bad)) == (7, {"three": 1, "not JSON": 1})
     assert str(tally) == "f: 2 of 9 rows were left out (three: 1, not JSON: 1), such as: f:3 is three. f:9 is not JSON."
 

@@ -272,6 +272,16 @@ def test_a_mixture_and_numbers_that_are_not_finite_are_refused():
     assert "unit/0/mlp/b_down_RD" in str(raised.value)
 
 
+def test_the_dense_model_is_not_replaced(tmp_path):
+    save(dense("learned"), tmp_path / "dense", made_by="test")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="dense is the model that is read"):
+        upcycle.main([f"--model={tmp_path / 'dense'}", f"--output={tmp_path / 'dense'}", "--every=4"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    upcycle.main([f"--model={tmp_path / 'dense'}", f"--output={tmp_path / 'moe'}", "--every=4"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} != before
+
+
 @pytest.mark.parametrize("preset", ["ours", "contrastors"])
 def test_the_verb(preset, tmp_path, capsys):
     model = dense("learned")

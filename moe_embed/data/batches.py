@@ -55,7 +55,7 @@ class Batch:
 
     arrays: dict[str, np.ndarray]
     source: str  # the file, and the language where a batch has one
-    counts: dict[str, float]  # useful: share of the tokens in the rows that belong to texts; and what was cut
+    counts: dict[str, float]  # texts, and those cut; useful: share of the tokens in the rows that belong to texts
 
 
 class PackedShards(NamedTuple):
@@ -153,12 +153,11 @@ class Batches:
     def packed(self, step: int) -> PackedShards:
         """The work of a batch: its pairs read, and the own ones tokenised and packed. Another process may do it."""
         group, pairs = self.pairs_at(step)
-        queries, documents, document_ids, cut = self._texts([pairs[n] for n in self._of_own(np.arange(len(pairs)))])
+        queries, documents, document_ids, counts = self._texts([pairs[n] for n in self._of_own(np.arange(len(pairs)))])
         arrays = {"document_id_N": document_ids, "query_id_N": self._of_own(query_ids([pair for pair, _ in pairs]))}
         teacher = self._teacher(group.source, pairs)
         arrays |= {name: self._of_own(array) for name, array in teacher.items()}
         shards = [self._pack_shard(ids) for ids in self._shards(queries, documents)]
-        counts = {"cut_queries": cut[0], "cut_documents": cut[1]}
         return PackedShards(shards, arrays, f"{self.sources[group.source].path} {group.lang}".strip(), counts)
 
     def filled(self, step: int, work: PackedShards) -> Batch:
@@ -201,7 +200,7 @@ class Batches:
         return np.concatenate([array.reshape(self.num_shards, -1, *array.shape[1:])[i] for i in self.own])
 
     def _texts(self, pairs: Sequence[tuple[Pair, int]]):
-        """Ids of the queries [N] and documents [N * (1 + h)] of pairs, positive first; the documents' numbers, and the cuts."""
+        """Ids of the queries [N] and documents [N * (1 + h)] of pairs, positive first; the documents' numbers; and counts."""
         h = self.c.num_negatives
         texts, ids = [], []
         for pair, _ in pairs:
@@ -216,7 +215,9 @@ class Batches:
         )
         there = iter(encoded)
         documents = [next(there) if i >= 0 else np.zeros(0, np.int32) for i in ids]  # a missing negative has no tokens
-        return queries, documents, np.asarray(ids, np.int32), (cut_queries, cut_documents)
+        counts = {"queries": len(queries), "cut_queries": cut_queries}
+        counts |= {"documents": len(encoded), "cut_documents": cut_documents}
+        return queries, documents, np.asarray(ids, np.int32), counts
 
     def _teacher(self, source: int, pairs: list[tuple[Pair, int]]) -> dict[str, np.ndarray]:
         """What another model says of these pairs (infonce.Teacher): scores from their rows, or vectors from side files."""

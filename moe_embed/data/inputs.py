@@ -1,4 +1,7 @@
-"""What `data.sources` and `prepare --input` may name: files, patterns, BEIR folders, TFDS's and the hub's data sets."""
+"""What `data.sources` and `prepare --input` may name: files, patterns, TFDS's and the hub's data sets.
+
+Of folders `data.sources` takes those that prepare made, and prepare those in BEIR's layout.
+"""
 
 import functools
 import glob

@@ -28,8 +28,6 @@ class Pair:
     lang: str = ""
     id: str = ""  # of the query: what other pairs with this id answer it too. "" is the query's own text
     scores: tuple[float, ...] = ()  # a teacher's: of the document, then of each negative; () is none
-    # Of the file, from 0; a row with several documents becomes as many pairs. No part of what a pair is.
-    row: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +83,11 @@ def with_documents(row: Row, keep: Sequence[bool], *, document: str = "document"
     return _json(columns)
 
 
-def of_row(row, where: str, number: int, *, query: str, document: str) -> list[Pair]:
+def of_row(row, where: str, *, query: str, document: str) -> list[Pair]:
     """A row -> a pair for each of its documents. Ours, sentence-transformers' {anchor, positive[, negative, ...]}, BGE's
     {query, pos, neg[, pos_scores, neg_scores]}, or what a row's own {"metadata": {"objective": ...}} names (Nomic's data).
 
-    `where` and `number` are the row's place for a person, and from 0. BadRow says what is wrong with it.
+    `where` is the row's place for a person. BadRow says what is wrong with it.
     """
     if not isinstance(row, dict):
         raise BadRow(f"{where} is not an object with the columns {query!r} and {document!r}.", reason="no object")
@@ -120,9 +118,7 @@ def of_row(row, where: str, number: int, *, query: str, document: str) -> list[P
     of_documents, of_negatives = _scores(row, where, len(documents), len(negatives))
     strings = {key: name_of(row, key, where) for key in ("lang", "id")}
     return [
-        Pair(
-            row[query], text, tuple(negatives), **strings, scores=(*of_documents[i : i + 1], *of_negatives), row=number
-        )
+        Pair(row[query], text, tuple(negatives), **strings, scores=(*of_documents[i : i + 1], *of_negatives))
         for i, text in enumerate(documents)
     ]
 

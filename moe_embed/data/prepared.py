@@ -47,13 +47,13 @@ def to_bytes(pair: Pair) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def from_bytes(record: bytes, *, row: int = 0) -> Pair:
-    """What `to_bytes` was given, and its place."""
+def from_bytes(record: bytes) -> Pair:
+    """What `to_bytes` was given."""
     feature = _example_type().FromString(record).features.feature
     text = lambda name: feature[name].bytes_list.value[0].decode()  # noqa: E731
     negatives = tuple(value.decode() for value in feature["negatives"].bytes_list.value)
     scores = tuple(feature["scores"].float_list.value)
-    return Pair(text("query"), text("document"), negatives, text("lang"), text("id"), scores, row)
+    return Pair(text("query"), text("document"), negatives, text("lang"), text("id"), scores)
 
 
 def _example_type():
@@ -139,15 +139,15 @@ class Records(Sequence[Pair]):
             yield from self.take(np.arange(start, min(start + 4096, self.count)))
 
     def take(self, places: np.ndarray) -> list[Pair]:
-        """The pairs at these places of the source, each with its place as `row`."""
+        """The pairs at these places of the source."""
         records = self.shards.read(np.asarray(places, np.int64) + self.first)
-        pairs, place = [], -1
+        pairs = []
         try:
-            for record, place in zip(records, places, strict=True):
-                pairs.append(from_bytes(record, row=int(place)))
+            for record in records:
+                pairs.append(from_bytes(record))
         except (ValueError, IndexError, message.DecodeError) as error:
             raise UserError(
-                f"{self.shards.root}: record {self.first + place} is no pair that prepare wrote ({error!r:.100})."
+                f"{self.shards.root}: record {self.first + places[len(pairs)]} is no pair that prepare wrote ({error!r:.100})."
             ) from error
         return pairs
 

@@ -92,7 +92,7 @@ def read_sources(path: str, **options) -> list[Source]:
         return [read_source(path, **options)]
     if options.get("teacher"):
         raise UserError(f"{path} is a prepared data set; another model's vectors are read beside plain files only.")
-    return [Source(name, pairs, digest) for name, pairs, digest in prepared.sources(root)]
+    return [Source(name, pairs, digest) for name, pairs, digest in _prepared(root)]
 
 
 def read_text_sources(path: str, **options) -> list[Texts]:
@@ -100,8 +100,18 @@ def read_text_sources(path: str, **options) -> list[Texts]:
     root = pathlib.Path(path)
     if not root.is_dir():
         return [read_text_source(path, **options)]
-    found = [(name, list(pairs), digest) for name, pairs, digest in prepared.sources(root)]
+    found = [(name, list(pairs), digest) for name, pairs, digest in _prepared(root)]
     return [Texts(name, [p.document for p in pairs], [p.lang for p in pairs], digest) for name, pairs, digest in found]
+
+
+def _prepared(root: pathlib.Path) -> Iterator[tuple[str, prepared.Records, int]]:
+    """prepared.sources of a folder; of a BEIR folder the sentence says what makes it one."""
+    if not (root / prepared.MANIFEST).exists() and all((root / file).is_file() for file in inputs.BEIR):
+        raise UserError(
+            f"{root} is a BEIR folder; run prepare on it first, and name what that makes: "
+            f"python -m moe_embed.prepare --input={root} --output=DIR"
+        )
+    return prepared.sources(root)
 
 
 def read_source(
@@ -127,7 +137,7 @@ def read_source(
 def read_text_source(path: str, *, column: str = "document", max_bad_fraction: float = 0.0) -> Texts:
     """Read the "text" of each row of a file, or else `column` (a file of pairs). Faults as for `read_source`."""
 
-    def make(row, where: str, number: int) -> tuple[str, str]:
+    def make(row, where: str) -> tuple[str, str]:
         name = "text" if isinstance(row, dict) and "text" in row else column
         if not isinstance(row, dict) or name not in row or not is_text(row[name]):
             raise BadRow(f"{where} has no text in a column 'text' or {column!r}.", reason="no text")

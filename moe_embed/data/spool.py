@@ -137,7 +137,7 @@ def _pairs(name: str, tally: Tally, settings: Settings, counts: Counts) -> Itera
     Negatives that are answers of their own row are left out.
     """
     if epath.Path(name).is_dir() and not name.startswith((inputs.TFDS, inputs.HUB)):
-        yield from tally.good_of(_judged(name, settings.lang), lambda pair, place, number: pair)
+        yield from tally.good_of(_judged(name, settings.lang), lambda pair, place: pair)
         return
     make = functools.partial(pairs_lib.of_row, query=settings.query, document=settings.document)
     for of_row in tally.good_of(inputs.rows(name), make):

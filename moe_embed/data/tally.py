@@ -17,17 +17,17 @@ class Tally:
         self.good, self.bad, self.first = 0, collections.Counter(), []
 
     def good_of(self, rows: Iterable[tuple[str, dict | BadRow]], make: Callable) -> Iterator:
-        """make(row, place, number) of each row that is good; the others are counted, whether unreadable or refused by `make`.
+        """make(row, place) of each row that is good; the others are counted, whether unreadable or refused by `make`.
 
         A BadRow that others are lost with is raised, whatever the fraction.
 
         After the last row: UserError when the share of bad ones is above `max_bad_fraction`, or none is good.
         """
-        for number, (place, row) in enumerate(rows):
+        for place, row in rows:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                made = make(row, place, number)
+                made = make(row, place)
             except BadRow as fault:
                 if not self.max_bad_fraction or fault.more:
                     raise
