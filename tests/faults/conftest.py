@@ -19,7 +19,7 @@ def pairs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def long_flags(pairs):
     """Steps and saves enough that a signal or a kill meets the run somewhere inside."""
-    return runs.flags(pairs, "run.steps=200", "run.save_every=5")
+    return runs.flags(pairs, "run.steps=100", "run.save_every=5")
 
 
 @pytest.fixture(scope="session")

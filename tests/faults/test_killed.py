@@ -24,29 +24,31 @@ def test_killed_at_random_times_it_ends_with_the_same_weights(long_flags, undist
         assert found >= verified + 5
         assert found <= runs.rows(workdir)[-1]["step"] + 1
         verified = found
-        if verified > 160:
+        if verified > 70:
             break
     assert runs.to_the_end(workdir, long_flags) == 0
-    assert f"continuing {workdir} from step {verified} of 200" in runs.said(workdir)
+    assert f"continuing {workdir} from step {verified} of 100" in runs.said(workdir)
     assert runs.digest(workdir) == runs.digest(undisturbed)
     assert runs.numbers(workdir) == runs.numbers(undisturbed)
     assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
-    assert checkpoint.steps(workdir / "checkpoints") == [195, 200]
+    assert checkpoint.steps(workdir / "checkpoints") == [95, 100]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_killed_ends_the_other(endless_flags, tmp_path, victim):
-    workdir = tmp_path / "w"
-    both = runs.start_two(workdir, endless_flags)
+    """Within what the run allows for a step: jax's own heartbeat would take 100 s to miss process 1."""
+    workdir, limit = tmp_path / "w", 20
+    flags = [*endless_flags, f"--config.run.watchdog={limit}"]
+    both = runs.start_two(workdir, flags)
     runs.wait_for_step(workdir, 12, *both)  # the save at 10 has begun: the one at 5 counts
     both[victim].kill()
     both[victim].wait()
     other = 1 - victim
     start = time.monotonic()
-    assert both[other].wait(timeout=120) not in (0, 2)
-    assert time.monotonic() - start < 110  # jax's heartbeat, and ten seconds
+    assert both[other].wait(timeout=100) not in (0, 2)
+    assert time.monotonic() - start < limit + 25
     verified = runs.newest(workdir)
     assert verified >= 5
-    both = runs.start_two(workdir, [*endless_flags, f"--config.run.steps={verified + 6}"])
+    both = runs.start_two(workdir, [*flags, f"--config.run.steps={verified + 6}"])
     assert [process.wait(timeout=240) for process in both] == [0, 0]
     assert [row["step"] for row in runs.rows(workdir)] == list(range(verified + 6))

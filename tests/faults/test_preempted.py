@@ -26,10 +26,10 @@ def test_sigterm_saves_and_the_same_command_continues(long_flags, undisturbed, t
     assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
     assert runs.digest(workdir) != runs.digest(undisturbed)
     assert runs.to_the_end(workdir, long_flags) == 0
-    assert f"continuing {workdir} from step {stopped_at} of 200" in runs.said(workdir)
+    assert f"continuing {workdir} from step {stopped_at} of 100" in runs.said(workdir)
     assert runs.digest(workdir) == runs.digest(undisturbed)
     assert runs.numbers(workdir) == runs.numbers(undisturbed)
-    assert len(runs.rows(workdir)) == 200
+    assert len(runs.rows(workdir)) == 100
 
 
 def test_sigterm_to_one_of_two_stops_both_at_one_step(endless_flags, tmp_path):
