@@ -15,10 +15,13 @@ done
 if [ "$(uname -sm)" = "Linux x86_64" ]; then extras+=(tpu); fi
 ready_venv "${extras[@]}"
 
+# What CI runs goes in two processes: tracing and compiling keep one core each. A file's tests share what is made for them.
+two=(-n 2 --dist loadfile)
 if [ $# -eq 0 ]; then
     ruff check --quiet .
     ruff format --check --quiet .
-    # Two processes: tracing and compiling keep one core each. A file's tests share what is made for them, and stay together.
-    set -- -n 2 --dist loadfile -m "not slow and not gpu and not faults and not notebooks and not readme and not bench"
+    set -- "${two[@]}" -m "not slow and not gpu and not faults and not notebooks and not readme and not bench"
+elif [ "$*" = "-m faults" ]; then
+    set -- "${two[@]}" "$@"
 fi
 exec python -m pytest "$@"

@@ -1,7 +1,7 @@
 """BM25 as BEIR and Anserini set it (k1 0.9, b 0.4), over words and CJK bigrams: the baseline beside a model.
 
 It knows no language: lower-cased words, no stemming, no stop words; Chinese, Japanese and Korean, whose words no space parts,
-as character bigrams, as Lucene's CJK analyser has them.
+as character bigrams, as Lucene's CJK analyser has them; Thai, Lao, Burmese and Khmer likewise, of letters with their marks.
 """
 
 import itertools
@@ -9,15 +9,18 @@ import logging
 import re
 
 from moe_embed import retrieval
+from moe_embed.data import hygiene
 from moe_embed.data.sources import Task
 
-LETTERS = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+|[^\W぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]+")
-CJK = re.compile(r"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿ｦ-ﾟ]")
+CJK = hygiene.CJK + "ｦ-ﾟ"
+LETTER = rf"[{CJK}]|(?=[{hygiene.UNSPACED}])\w[{hygiene.MARKS}]*"  # of scripts that part no words by spaces
+PLAIN = rf"[^\W{CJK}{hygiene.UNSPACED}]"
+WORDS = re.compile(rf"(?:{LETTER})+|{PLAIN}(?:{PLAIN}|[{hygiene.MARKS}])*")  # a vowel sign is no border of a word
 K1, B = 0.9, 0.4
 
 
 def rank(task: Task) -> dict[str, dict[str, float]]:
-    """A BM25 run (k1 0.9, b 0.4): lower-cased words, Chinese, Japanese and Korean as character bigrams, no stemming."""
+    """A BM25 run (k1 0.9, b 0.4): lower-cased words, those of scripts without spaces as bigrams of letters, no stemming."""
     import bm25s  # here: at its import it computes with jax, before verb.run has said on what
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
@@ -40,15 +43,13 @@ def rank(task: Task) -> dict[str, dict[str, float]]:
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words; a run of CJK letters becomes its bigrams, alone a letter stays.
+    """Lower-cased words; a run of letters that no spaces part into words becomes its bigrams, alone a letter stays.
 
     >>> words("Die Tabelle 表を挿入")
     ['die', 'tabelle', '表を', 'を挿', '挿入']
     """
     found = []
-    for word in LETTERS.findall(text.lower()):
-        if CJK.match(word) and len(word) > 1:
-            found += [a + b for a, b in itertools.pairwise(word)]
-        else:
-            found.append(word)
+    for word in WORDS.findall(text.lower()):
+        letters = re.findall(LETTER, word)
+        found += [a + b for a, b in itertools.pairwise(letters)] if len(letters) > 1 else [word]
     return found

@@ -196,6 +196,14 @@ def failure() -> tuple[int, str] | None:
     return tuple(json.loads(known[0][1])) if known else None
 
 
+def failure_after(why: str) -> tuple[int, str] | None:
+    """`failure`, for a process that ends with the error `why`: it may have that because process 0 is gone, and the store with it."""
+    try:
+        return failure()
+    except (jax.errors.JaxRuntimeError, AttributeError):
+        return GONE, f"process 0 is gone without a word, killed or with its machine ({why})"
+
+
 def end(status: int, why: str) -> None:
     """The last call of every process: without a `why` wait for the others, else tell them, and exit here and now."""
     if not several():

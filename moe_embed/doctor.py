@@ -81,9 +81,8 @@ def _memory(device) -> str:
 def _bfloat16(device) -> str:
     if device.platform == "cpu":
         return "computed, but slower than float32 on most CPUs: use encoder.dtype=float32"
-    capability = getattr(device, "compute_capability", None)
-    if capability is not None and float(capability) < 8:
-        return f"not native (compute capability {capability}): use encoder.dtype=float32"
+    if old := capability.too_old([device]):
+        return f"not native ({old}): use encoder.dtype=float32"
     return "native: use encoder.dtype=bfloat16"
 
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     parser = verb.Parser("evaluate", __doc__)
     parser.add_argument("--model", help="a workdir, or a folder written by export")
     parser.add_argument("--task", help="BEIR folders, or mteb:NAME of tasks and benchmarks, separated by commas")
-    parser.add_argument("--output", type=pathlib.Path, help="a .json file; with --watch a .jsonl file")
+    parser.add_argument("--output", type=verb.local_path, help="a .json file; with --watch a .jsonl file")
     parser.add_argument("--show", type=pathlib.Path, help="print the table of an earlier output instead")
     parser.add_argument("--split", help="the qrels to use (default: test, of a named task its own)")
     parser.add_argument(
@@ -68,11 +68,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--precisions", default="", help="also with vectors of int8, binary or both: int8,binary")
     parser.add_argument("--baseline", choices=("bm25",), help="also measure this, in the same table")
     parser.add_argument(
-        "--runs", type=pathlib.Path, help="also write each task's ranking there: TASK.trec, TREC's run format"
+        "--runs", type=verb.local_path, help="also write each task's ranking there: TASK.trec, TREC's run format"
     )
-    parser.add_argument("--mteb_results", type=pathlib.Path, help="also write mteb's TASK.json files there")
+    parser.add_argument("--mteb_results", type=verb.local_path, help="also write mteb's TASK.json files there")
     parser.add_argument("--watch", action="store_true", help="measure each checkpoint of the workdir as it comes")
-    parser.add_argument("--cache", type=pathlib.Path, help="keep documents' vectors in this folder, and texts on disk")
+    parser.add_argument(
+        "--cache", type=verb.local_path, help="keep documents' vectors in this folder, and texts on disk"
+    )
     parser.add_argument("--compare", help="two earlier outputs, R.json,BASE.json: is the first better?")
     arguments = parser.parse_args(argv)
     if arguments.show:

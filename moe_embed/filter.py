@@ -20,7 +20,7 @@ import os
 import pathlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
     parser = verb.Parser("filter", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, a model folder, or a Hugging Face folder")
     parser.add_argument("--pairs", required=True, help=".jsonl(.gz) or .csv files or patterns, with commas between")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a .jsonl(.gz) file; for several, a folder")
+    parser.add_argument(
+        "--output", required=True, type=verb.local_path, help="a .jsonl(.gz) file; for several, a folder"
+    )
     parser.add_argument("--top_k", type=int, default=2, help="how far down a pair's document may be (default: 2)")
     parser.add_argument("--shard", type=int, default=1_000_000, help="pairs judged together (default: a million)")
     parser.add_argument("--query", default="query", help="the column of the queries")
@@ -48,13 +50,13 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--top_k={a.top_k} and --shard={a.shard} must both be 1 or more.")
     outputs = plan(a.pairs, a.output)
     columns = {"query": a.query, "document": a.document}
-    for path in outputs:
-        collections.deque(pairs_lib.read_rows(path, **columns), maxlen=0)  # a fault is said before any work
+    # Read twice: a fault is said before any work, and how many pairs there are decides on the shards.
+    totals = {path: sum(len(row.pairs) for row in pairs_lib.read_rows(path, **columns)) for path in outputs}
     model = load(a.model)
     counts, examples = collections.Counter(), []
     for path, output in outputs.items():
-        rows = list(pairs_lib.read_rows(path, **columns))
-        lines = kept(model, rows, path, counts, examples, top_k=a.top_k, shard=a.shard, document=a.document)
+        rows, options = pairs_lib.read_rows(path, **columns), {"top_k": a.top_k, "shard": a.shard}
+        lines = kept(model, rows, totals[path], path, counts, examples, document=a.document, **options)
         sources.write_lines(output, lines)
     print(summary(counts, examples))
 
@@ -93,7 +95,8 @@ def name_of_output(path: str) -> str:
 
 def kept(
     model: Model,
-    rows: Sequence[pairs_lib.Row],
+    rows: Iterable[pairs_lib.Row],
+    total: int,
     path: str,
     counts: collections.Counter,
     examples: list["Dropped"],
@@ -102,9 +105,12 @@ def kept(
     shard: int,
     document: str = "document",
 ) -> Iterator[str]:
-    """The lines of the rows that stay, in order. Adds the pairs to `counts` by (path, language, whether they stay)."""
+    """The lines of the rows that stay, in order; the rows have `total` pairs.
+
+    Adds the pairs to `counts` by (path, language, whether they stay).
+    """
     draw = random.Random(0)
-    for some in shards(rows, shard):
+    for some in shards(rows, total, shard):
         pairs = [pair for row in some for pair in row.pairs]
         stays_N, dropped = judge(model, pairs, top_k=top_k)
         counts.update((path, pair.lang, stays) for pair, stays in zip(pairs, stays_N.tolist(), strict=True))
@@ -116,12 +122,17 @@ def kept(
                 yield pairs_lib.with_documents(row, keep, document=document)
 
 
-def shards(rows: Sequence[pairs_lib.Row], size: int) -> Iterator[list[pairs_lib.Row]]:
-    """Rows in order, in as few runs as hold `size` pairs each, equal but for one pair (and the other pairs of its row)."""
-    first = list(itertools.accumulate((len(row.pairs) for row in rows), initial=0))
-    count = -(-first[-1] // size)
-    for _, run in itertools.groupby(range(len(rows)), key=lambda i: first[i] * count // first[-1]):
-        yield [rows[i] for i in run]
+def shards(rows: Iterable[pairs_lib.Row], total: int, size: int) -> Iterator[list[pairs_lib.Row]]:
+    """Rows of `total` pairs in order, in as few runs as hold `size` pairs each, equal but for one pair (and the others of its row)."""
+    count, seen = -(-total // size), 0
+
+    def number(row: pairs_lib.Row) -> int:
+        nonlocal seen
+        first, seen = seen, seen + len(row.pairs)
+        return first * count // total
+
+    for _, run in itertools.groupby(rows, key=number):
+        yield list(run)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--pairs", required=True, help=".jsonl, .jsonl.gz or .csv files or patterns, with commas between"
     )
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a .jsonl or .jsonl.gz file")
+    parser.add_argument("--output", required=True, type=verb.local_path, help="a .jsonl or .jsonl.gz file")
     parser.add_argument("--corpus", help="more documents to find: a BEIR corpus.jsonl")
     parser.add_argument("--num_negatives", type=int, default=10, help="negatives a row (default: 10)")
     parser.add_argument("--margin", type=float, default=0.95, help="of the weakest positive's score (default: 0.95)")
@@ -332,7 +332,10 @@ def _rows_done(folder: pathlib.Path, made_of: dict[str, str]) -> dict[str, int]:
 
 def _delete(work: _Work) -> None:
     """What this verb has put there, the lock last: who comes before that is told, and who comes after begins there."""
-    for path in [*work.folder.glob("*.npy"), work.folder / PROGRESS, work.folder / LOCK]:
+    progress = work.folder / PROGRESS
+    # First nobody counts on the arrays: after a kill amid the deleting the same command starts over.
+    stored.write_json(progress, stored.read_json(progress) | {"done": {}})
+    for path in [*work.folder.glob("*.npy"), progress, work.folder / LOCK]:
         path.unlink()
     with contextlib.suppress(OSError):  # somebody has begun there, or keeps other things there
         work.folder.rmdir()

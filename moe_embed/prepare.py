@@ -36,7 +36,7 @@ SAMPLE_TOKENIZER = pathlib.Path(__file__).parent / "sample" / "tokenizer.model"
 def main(argv: Sequence[str]) -> None:
     parser = verb.Parser("prepare", __doc__)
     parser.add_argument("--input", help="files, patterns, BEIR folders, tfds:NAME:SPLIT, hf:NAME:SPLIT; commas between")
-    parser.add_argument("--output", type=pathlib.Path, help="the folder to make")
+    parser.add_argument("--output", type=verb.local_path, help="the folder to make")
     parser.add_argument("--describe", type=pathlib.Path, help="verify a prepared data set and print its card instead")
     parser.add_argument("--query", default="query", help="the column of the queries")
     parser.add_argument("--document", default="document", help="the column of the documents")
@@ -217,7 +217,7 @@ def _step(bar, result):
 
 
 def _list(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def table(results: Mapping[str, Mapping[str, Mapping]]) -> str:
     """
     systems = list(results)
     names = list(results[systems[0]])
-    width = max(map(len, [*names, "mean cross-lingual"]))
+    whole = {f"mean of {name.partition('/')[0]}": name.partition("/")[0] for name in names if "/" in name}
+    width = max(map(len, [*names, *whole, "mean cross-lingual"]))
     sure = [system for system in systems if all("interval" in of_task for of_task in results[system].values())]
     if width + 19 * len(systems) + 15 * len(sure) > WIDTH:
         sure = [system for system in sure if system == systems[0]]
@@ -82,7 +83,6 @@ def table(results: Mapping[str, Mapping[str, Mapping]]) -> str:
 
     lines += [row(name, [name]) for name in names]
     lines.append("-" * len(lines[1]))
-    whole = {f"mean of {name.partition('/')[0]}": name.partition("/")[0] for name in names if "/" in name}
     lines += [row(title, [name for name in names if name.startswith(f"{label}/")]) for title, label in whole.items()]
     miracl = [name for name in names if name.lower().startswith("miracl") and "/" in name]
     sixteen = [name for name in miracl if not name.endswith(retrieval.SURPRISE)]

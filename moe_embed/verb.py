@@ -113,8 +113,8 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
                 f"{error.strerror}{f': {error.filename}' if error.filename else ''}; make room, or name another place.",
             )
             print(f"error: {why}", file=sys.stderr)
-        elif cluster.failure():  # another process has left, and a collective with it
-            status, why = cluster.failure()
+        elif said := cluster.failure_after(why):  # another process has left, and a collective with it
+            status, why = said
             print(f"error: {why}", file=sys.stderr)
         elif cluster.several() and any(library in str(error) for library in ("Gloo", "NCCL")):
             status, why = (
@@ -128,3 +128,12 @@ def run(main: Callable[[Sequence[str]], int | None], *, copies: bool = False) ->
             raise
     cluster.end(status or 0, why)
     sys.exit(status or 0)
+
+
+def local_path(text: str) -> pathlib.Path:
+    """The type of an output's flag. UserError for an address, of which a path would make a folder of that name here."""
+    if "://" in text:
+        raise UserError(
+            f"{text.partition('://')[0]}:// is no folder of this machine; this is written to a local one: copy it there afterwards."
+        )
+    return pathlib.Path(text)

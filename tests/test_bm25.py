@@ -43,6 +43,10 @@ def by_loop(queries: dict, corpus: dict, *, k1=0.9, b=0.4) -> dict:
         ("表を挿入", ["表を", "を挿", "挿入"]),
         ("Excelの表", ["excel", "の表"]),
         ("여백을 바꿔", ["여백", "백을", "바꿔"]),
+        ("हिन्दी दिवस, ২০২৪ সালের", ["हिन्दी", "दिवस", "২০২৪", "সালের"]),
+        ("తెలుగు مُحَمَّد nai\u0308ve", ["తెలుగు", "مُحَمَّد", "nai\u0308ve"]),
+        ("วันนี้ PDF", ["วัน", "นนี้", "pdf"]),
+        ("❤\ufe0f ok", ["ok"]),
         ("", []),
         (" ... ", []),
     ],
@@ -74,3 +78,10 @@ def test_a_query_of_unknown_words_scores_nothing_whatever_is_relevant(relevant):
     queries = {"x": "zzz qqq", "y": "..."}
     some = task(queries, relevant=relevant)
     assert retrieval.measure(some, bm25.rank(some)) == {"ndcg@10": 0.0, "recall@10": 0.0, "mrr@10": 0.0}
+
+
+def test_words_of_hindi_are_told_apart_by_more_than_their_consonants():
+    """Cut at its vowel signs a word is its consonants, and these four are one another."""
+    corpus = {"d0": "किताब", "d1": "कोताबी", "d2": "केतिब", "d3": "पानी"}
+    assert list(bm25.rank(task({"a": "किताब"}, corpus))["a"]) == ["d0"]
+    assert list(bm25.rank(task({"a": "केतिब"}, corpus))["a"]) == ["d2"]

@@ -1,5 +1,7 @@
 """The facts of a bug report."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -40,6 +42,15 @@ def test_facts(monkeypatch, capsys):
     doctor.main([])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("platform", "has", "said"),
+    [("cpu", {}, "slower than float32 on most CPUs"), ("tpu", {}, "native: use"), ("gpu", {"compute_capability": "9.0"}, "native: use"),
+     ("gpu", {"compute_capability": "7.5"}, "not native (X has compute capability 7.5"), ("gpu", {"compute_capability": "gfx90a"}, "native: use")],
+)  # fmt: skip
+def test_what_is_said_of_bfloat16(platform, has, said):
+    assert said in doctor._bfloat16(types.SimpleNamespace(platform=platform, device_kind="X", **has))
 
 
 def test_an_absent_package_is_said_to_be_absent(monkeypatch):

@@ -309,6 +309,22 @@ def test_mteb_results_are_written_and_watch_refuses_what_it_does_not_do(tmp_path
             evaluate.main([*arguments, "--watch", flag])
 
 
+@pytest.mark.parametrize("flag", ["--output", "--cache", "--runs", "--mteb_results"])
+def test_what_is_written_here_is_not_written_to_a_bucket(tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(evaluate, "load", lambda path: stand_in())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gs:" / "bucket").mkdir(parents=True)
+    arguments = [
+        "--model=m",
+        f"--task={TASKS / 'libreoffice-help-de'}",
+        "--output=r.json",
+        f"{flag}=gs://bucket/x.json",
+    ]
+    with pytest.raises(UserError, match="gs:// is no folder of this machine"):
+        evaluate.main(arguments)
+    assert not any((tmp_path / "gs:" / "bucket").iterdir())
+
+
 def test_watch_is_given_a_row_of_means(tmp_path, monkeypatch):
     rows = []
     monkeypatch.setattr(

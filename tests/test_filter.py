@@ -2,9 +2,11 @@
 
 import collections
 import gzip
+import itertools
 import json
 import pathlib
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -59,7 +61,8 @@ def run(
 ) -> tuple[list[str], collections.Counter, list]:
     counts, examples = collections.Counter(), []
     rows = list(pairs_lib.read_rows(str(write(tmp_path / "a.jsonl", rows)), **columns))
-    lines = filter_lib.kept(fake(vectors), rows, "a", counts, examples, top_k=top_k, shard=shard)
+    total = sum(len(row.pairs) for row in rows)
+    lines = filter_lib.kept(fake(vectors), iter(rows), total, "a", counts, examples, top_k=top_k, shard=shard)
     return list(lines), counts, examples
 
 
@@ -86,7 +89,7 @@ def test_every_pair_is_judged_once_in_its_shard(tmp_path, shard):
     rows = random_rows(1, 80)
     everything = run(rows, tmp_path, top_k=99, shard=shard)[0]
     assert [json.loads(line) for line in everything] == rows
-    sizes = [len(some) for some in filter_lib.shards(list(pairs_lib.read_rows(str(tmp_path / "a.jsonl"))), shard)]
+    sizes = [len(some) for some in filter_lib.shards(pairs_lib.read_rows(str(tmp_path / "a.jsonl")), 80, shard)]
     assert sum(sizes) == 80
     assert len(sizes) == -(-80 // shard)
     assert max(sizes) <= shard
@@ -101,6 +104,42 @@ def test_every_pair_is_judged_once_in_its_shard(tmp_path, shard):
     assert found == wanted
     if shard < 79:
         assert found != [json.loads(line) for line in run(rows, tmp_path, shard=80)[0]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 50, 500])
+def test_shards_of_rows_of_several_documents_are_those_of_a_list_of_all(size):
+    rng = np.random.default_rng(0)
+    rows = [
+        pairs_lib.Row(str(i), {}, [pairs_lib.Pair("q", "d")] * int(n)) for i, n in enumerate(rng.integers(1, 6, 16))
+    ]
+    first = list(itertools.accumulate((len(row.pairs) for row in rows), initial=0))
+    number = [first[i] * -(-first[-1] // size) // first[-1] for i in range(16)]
+    wanted = [[row for row, of in zip(rows, number, strict=True) if of == shard] for shard in dict.fromkeys(number)]
+    assert list(filter_lib.shards(iter(rows), first[-1], size)) == wanted
+    assert list(filter_lib.shards(iter(rows), first[-1], 25)) != wanted
+
+
+def test_no_more_rows_are_in_memory_than_two_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(filter_lib, "load", lambda path: fake())
+    real, rows, most = pairs_lib.read_rows, weakref.WeakSet(), []
+
+    class Row(pairs_lib.Row):  # of the same fields, hashed as the object that it is
+        __hash__ = object.__hash__
+
+    def watched(path, **columns):
+        for row in real(path, **columns):
+            rows.add(one := Row(row.line, row.columns, row.pairs))
+            most.append(len(rows))
+            yield one
+
+    monkeypatch.setattr(pairs_lib, "read_rows", watched)
+    write(tmp_path / "a.jsonl", random_rows(0, 80))
+    arguments = ["--model=m", f"--pairs={tmp_path}/a.jsonl", f"--output={tmp_path}/o.jsonl"]
+    filter_lib.main([*arguments, "--shard=10"])
+    assert max(most) <= 21
+    most.clear()
+    filter_lib.main([*arguments, "--shard=80"])
+    assert max(most) >= 80  # so it is counted
 
 
 def test_copies_of_documents_take_one_place(tmp_path):
@@ -243,6 +282,7 @@ def test_faults(tmp_path, monkeypatch):
             f"--pairs={tmp_path}/a.*,{tmp_path}/bad.jsonl",
             f"--output={tmp_path}/c",
         ): r"bad\.jsonl:1 has no column 'document'",
+        (f"--pairs={tmp_path}/a.*", "--output=gs://bucket/kept"): "gs:// is no folder of this machine",
         (*good, "--top_k=0"): "--top_k=0",
         (*good, "--shard=0"): "--shard=0",
         (*good, "--query=title"): "has no column 'title'",

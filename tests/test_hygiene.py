@@ -101,3 +101,41 @@ def test_negatives_of_a_benchmark_go_with_their_scores():
 def test_a_nul_makes_no_copy():
     assert hygiene.key(Pair("a\0b", "c")) != hygiene.key(Pair("a", "b\0c"))
     assert hygiene.key(Pair("a", "b")) == hygiene.key(Pair("a", "b", id="other"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "เมืองหลวงของประเทศไทยคือเมืองอะไร",
+        "ນະຄອນຫຼວງຂອງປະເທດລາວຊື່ວ່າແນວໃດ",
+        "မြန်မာနိုင်ငံရဲ့မြို့တော်ကဘယ်မြို့ဖြစ်ပါသလဲ",
+        "តើរាជធានីនៃប្រទេសកម្ពុជាមានឈ្មោះអ្វី",
+    ],
+    ids=["Thai", "Lao", "Burmese", "Khmer"],
+)
+def test_a_question_of_a_script_without_spaces_is_found(text):
+    letters = hygiene.WORDS.findall(text)
+    assert "".join(letters) == text  # each with its marks
+    assert len(letters) > 13
+    benchmark = hygiene.of_benchmarks([text], 13)
+    inside = lambda document: hygiene.fault(Pair("x", document), Rules(), benchmark)  # noqa: E731
+    assert inside(text) == "in a benchmark"
+    assert (
+        inside(letters[-1] + text[len(letters[0]) :]) == ""
+    )  # another first letter: a whole short text has to be there
+
+
+def test_letters_of_a_script_without_spaces_are_less_than_words():
+    """Thirteen of them are four words of Thai, which any two texts share: a run is as many as thirteen words have."""
+    rng = np.random.default_rng(0)
+    letters = [chr(c) for c in rng.integers(0xE01, 0xE2F, 60)]
+    benchmark = hygiene.of_benchmarks(["".join(letters)], 13)
+    inside = lambda some, around: hygiene.fault(Pair("x", around + "".join(some) + around), Rules(), benchmark)  # noqa: E731
+    run = 13 * hygiene.LETTERS
+    for around in ("", " ๛ ", "ฯ abc "):
+        assert inside(letters[7 : 7 + run], around) == "in a benchmark"
+        assert inside(letters[7 : 6 + run], around) == ""
+    mixed = [*letters[:15], *(f"w{i}" for i in range(8)), *letters[15:]]  # five words' worth and eight
+    found = set(hygiene.ngrams(" ".join(mixed), 13))
+    assert hash(" ".join(mixed[:23])) in found
+    assert hash(" ".join(mixed[:22])) not in found

@@ -8,7 +8,8 @@ import pytest
 
 from moe_embed import prepare
 from moe_embed.config import UserError
-from moe_embed.data import inputs
+from moe_embed.data import inputs, sources
+from moe_embed.data.pairs import Pair
 
 
 def test_patterns_and_names(tmp_path):
@@ -70,6 +71,13 @@ def test_a_data_set_of_tfds(tmp_path):
         {"query": "q0", "document": "d0", "lang": "", "id": "", "negatives": [], "scores": []},
     )
     assert len(rows) == 3
+    (source,) = sources.read_sources(name)
+    assert source.pairs == [Pair(f"q{i}", f"d{i}") for i in range(3)]  # an empty list is no scores
+    prepare.main([f"--input={name}", f"--output={tmp_path}/again", "--processes=1"])
+    (again,) = sources.read_sources(str(tmp_path / "again"))
+    assert list(again.pairs) == source.pairs
+    (tmp_path / "b.csv").write_text("query,document\nq0,d0\nq1,d1\nq2,e2\n")
+    assert sources.read_source(str(tmp_path / "b.csv")).pairs != source.pairs
     assert inputs.digest(name) == inputs.digest(name)
     with pytest.raises(UserError, match="has no split 'test'; it has train"):
         list(inputs.rows(f"tfds:{folder}:test"))

@@ -416,6 +416,30 @@ def test_two_at_once_on_one_output(tmp_path, small, files):
     assert output.read_bytes() != whole
 
 
+def test_a_run_killed_while_it_deletes_its_work_starts_over_to_the_same_bytes(tmp_path, small, files, monkeypatch):
+    run(fake(), files, tmp_path / "whole.jsonl")
+    whole, unlink = (tmp_path / "whole.jsonl").read_bytes(), pathlib.Path.unlink
+    for kept in range(6):  # four arrays, progress.json and the lock
+
+        def killed(path, left=[None] * kept, **options):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            unlink(path, **options)
+
+        output = tmp_path / f"{kept}.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(fake(), files, output)
+        assert (tmp_path / f"{kept}.jsonl.work").is_dir()
+        run(fake(), files, output)
+        assert output.read_bytes() == whole
+        assert not (tmp_path / f"{kept}.jsonl.work").exists()
+        run(fake(), files, output, num_negatives=1)
+        assert output.read_bytes() != whole
+
+
 def test_who_begins_while_the_work_is_deleted_keeps_the_folder(tmp_path, small, files, monkeypatch):
     output, work, unlink, begun = tmp_path / "o.jsonl", tmp_path / "o.jsonl.work", pathlib.Path.unlink, []
 

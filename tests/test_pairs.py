@@ -56,6 +56,8 @@ def test_nomics_rows_name_their_columns_themselves():
         ({"query": "q", "document": "d", "negatives": ["\u200b"]}, "negatives"),
         ({"query": "q", "document": "d", "lang": []}, "lang"),
         ({"query": "q", "document": "d", "scores": [1, 2]}, "scores"),
+        ({"query": "q", "pos": ["d"], "neg": ["n"], "pos_scores": [], "neg_scores": [1]}, "scores"),
+        ({"query": "q", "pos": ["d"], "neg": ["n"], "pos_scores": [1], "neg_scores": []}, "scores"),
     ],
 )
 def test_reasons(row, reason):
@@ -106,3 +108,17 @@ def test_a_negatives_column_without_a_value_hides_no_negative():
     row = {"metadata": {"objective": {"triplet": [["q", "d", "n"]]}}, "q": "a", "d": "b", "n": ["c"], "negatives": None}
     (pair,) = pairs_lib.of_row(row, "here", query="query", document="document")
     assert pair.negatives == ("c",)
+
+
+def test_an_empty_list_of_scores_is_none():
+    """TFDS has no nulls: what prepare wrote of pairs without scores comes back as empty lists."""
+    ours, bge = {"query": "q", "document": "d", "negatives": ["n"]}, {"query": "q", "pos": ["d"], "neg": ["n"]}
+    assert of(ours | {"scores": []}) == of(bge | {"pos_scores": [], "neg_scores": []}) == [Pair("q", "d", ("n",))]
+    assert of(bge | {"scores": [], "pos_scores": [2], "neg_scores": [1]}) == of(ours | {"scores": [2, 1]}) != of(ours)
+
+
+def test_null_negatives_of_a_joined_file_hide_no_column_of_sentence_transformers():
+    row = {"anchor": "q", "positive": "d", "negative": "n", "negative_1": None}
+    assert of(row | {"negatives": None}) == of(row) == [Pair("q", "d", ("n",))]
+    assert of(row | {"negatives": ["m"]}) == [Pair("q", "d", ("m",))]  # mined ones come first
+    assert of(row | {"negatives": []}) == [Pair("q", "d")]  # mined, and none was found

@@ -240,6 +240,22 @@ def test_faults(tmp_path, arguments, words):
         assert not (tmp_path / "out").exists()  # so that another try is not refused
 
 
+def test_blanks_between_the_names_of_a_list_are_no_part_of_them(tmp_path):
+    write(tmp_path / "a.jsonl", 6)
+    for name, languages in (("plain", "de,en"), ("blanks", " de, en ,"), ("one", "de")):
+        run(f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/{name}", f"--languages={languages}")
+    assert files(tmp_path / "plain") == files(tmp_path / "blanks")
+    assert files(tmp_path / "plain") != files(tmp_path / "one")
+
+
+def test_an_output_in_a_bucket_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", 6)
+    with pytest.raises(UserError, match="gs:// is no folder of this machine"):
+        run("--input=a.jsonl", "--output=gs://bucket/pairs")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_other_peoples_folders_are_left_alone(tmp_path):
     write(tmp_path / "a.jsonl", 5)
     with pytest.raises(UserError, match="exists and is no prepared data set"):

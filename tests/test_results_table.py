@@ -160,3 +160,11 @@ def test_miracl_has_both_of_its_means():
         line for line in results_table.table({"moe_embed": named}).splitlines() if line.startswith("without de and yo")
     ]
     assert line.split()[4] == "50.0"
+
+
+def test_no_label_moves_its_row():
+    of = figures(0.5, 0.5)
+    lines = results_table.table({"moe_embed": {"MIRACLRetrieval/ar": of, "a": of}}).splitlines()
+    assert any(line.startswith("mean of MIRACLRetrieval  ") for line in lines)
+    rows = [line for line in lines if line.endswith("50.0")]
+    assert len({len(line) for line in rows}) == 1 < len(rows)

@@ -92,6 +92,27 @@ def test_layout_shards_and_copies(tmp_path):
         spool.lay_out(["a", "b"], folders, [np.zeros(5, bool), kept[1]])
 
 
+def test_a_work_folder_without_places_of_records_is_read_again(tmp_path):
+    """As an earlier version left it, and as a kill leaves it while that is read again."""
+    fill(tmp_path, [row(i) for i in range(9)])
+    folder, rows = tmp_path / "a", np.array([7, 0, 3])
+    wanted = [prepared.to_bytes(Pair(f"q{i}", f"a longer document {i}", lang="de")) for i in rows]
+    assert list(spool._records(folder, rows)) == wanted
+    assert list(spool._records(folder, rows[::-1])) != wanted
+    (folder / "starts").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "_lengths", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fill(tmp_path, [row(i) for i in range(9)])
+    fill(tmp_path, [row(i) for i in range(9)])
+    assert list(spool._records(folder, rows)) == wanted
+
+
+def interrupted(*_):
+    """A kill, in the place of some work."""
+    raise KeyboardInterrupt
+
+
 def test_a_beir_folder_gives_its_relevant_pairs(tmp_path):
     folder = tmp_path / "beir"
     (folder / "qrels").mkdir(parents=True)

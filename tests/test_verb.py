@@ -148,6 +148,29 @@ def test_a_broken_collective_is_to_be_started_again(said, code, monkeypatch, cap
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("fault", "code"), [(jax.errors.JaxRuntimeError("UNAVAILABLE: Connection refused"), 76), (None, 1)]
+)
+def test_with_process_0_gone_the_others_are_to_be_started_again(fault, code, monkeypatch, capsys):
+    """It holds the store that knows who has failed."""
+
+    class Client:
+        def key_value_dir_get(self, name):
+            if fault:
+                raise fault
+            return []
+
+    ended = []
+    monkeypatch.setattr(cluster.distributed.global_state, "client", Client())
+    monkeypatch.setattr(cluster, "end", lambda status, why: ended.append((status, why)))
+    assert ends(raising(ValueError("no such key")), monkeypatch=monkeypatch, copies=True) == code
+    err = capsys.readouterr().err
+    assert ("Traceback" in err) == (code == 1)
+    if code == cluster.GONE:
+        why = "process 0 is gone without a word, killed or with its machine (ValueError: no such key)"
+        assert (err, ended) == (f"error: {why}\n", [(code, why)])
+
+
 def test_help_asks_for_no_device():
     """With a platform that does not exist, any question about devices fails, as the last one does."""
     done = subprocess.run([sys.executable, "-c", HELPS, ",".join(VERBS)], capture_output=True, text=True, check=False,
@@ -237,3 +260,13 @@ def test_an_output_is_checked_before_the_work(tmp_path, monkeypatch):
         verb.check_output(tmp_path, "--to")
     with pytest.raises(UserError, match="there is no folder"):
         verb.check_output(tmp_path / "old.jsonl" / "b.jsonl", "--output")
+
+
+def test_an_address_is_no_place_for_what_is_written_here(tmp_path):
+    for text in ("gs://bucket/secret", "s3://bucket/secret", "gs://me:secret@bucket"):
+        with pytest.raises(UserError, match=f"{text[:2]}:// is no folder of this machine; .*copy it there afterwards"):
+            verb.local_path(text)
+        with pytest.raises(UserError) as fault:
+            verb.local_path(text)
+        assert "secret" not in str(fault.value)
+    assert verb.local_path(f"{tmp_path}/gs:/a") == tmp_path / "gs:" / "a"

@@ -1,5 +1,6 @@
 """Which pairs are not worth training on: too short, too long, symbols, other languages, copies, and parts of benchmarks."""
 
+import bisect
 import dataclasses
 import hashlib
 import itertools
@@ -14,8 +15,12 @@ from moe_embed.data.pairs import Pair
 MARKS = "".join(
     c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M"
 )  # vowel signs; \w has none of them
-# Words, their marks with them; of Chinese, Japanese, Korean (which write none) single characters.
-WORDS = re.compile(rf"[぀-ヿ㐀-䶿一-鿿가-힯豈-﫿]|(?:[^\W_぀-ヿ㐀-䶿一-鿿가-힯豈-﫿]|[{MARKS}])+")
+CJK = "぀-ヿ㐀-䶿一-鿿가-힯豈-﫿"
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+# Words, their marks with them; of scripts that part none by spaces single characters, or letters with their marks.
+WORDS = re.compile(rf"[{CJK}]|(?=[{UNSPACED}])[^\W_][{MARKS}]*|(?:[^\W_{CJK}{UNSPACED}]|[{MARKS}])+")
+OF_UNSPACED = re.compile(f"[{UNSPACED}]")
+LETTERS = 3  # of UNSPACED, that count as a word: thirteen are four words of Thai, which any two texts share
 WORTH_SAYING = 5  # words: a benchmark's text of fewer is no evidence that a pair comes from it
 BUCKET = 2**25  # keys that are sorted at once
 
@@ -89,14 +94,19 @@ def symbols(text: str) -> float:
 def ngrams(text: str, n: int) -> Iterator[int]:
     """Hashes of the runs of n lower-cased words in a text (NFKC); a shorter text is one run, if it is worth saying.
 
-    The hashes are those of this process.
+    Letters of UNSPACED count as 1 / LETTERS. The hashes are those of this process.
     """
     words = WORDS.findall(unicodedata.normalize("NFKC", text).lower())
-    if WORTH_SAYING <= len(words) <= n:
+    worth = (1 if OF_UNSPACED.match(word) else LETTERS for word in words)
+    before = list(itertools.accumulate(worth, initial=0))  # letters before each word, and of all
+    if WORTH_SAYING * LETTERS <= before[-1] <= n * LETTERS:
         yield hash(" ".join(words))
     else:
-        for start in range(len(words) - n + 1):
-            yield hash(" ".join(words[start : start + n]))
+        for start in range(len(words)):
+            end = bisect.bisect_left(before, before[start] + n * LETTERS)
+            if end == len(before):
+                return
+            yield hash(" ".join(words[start:end]))
 
 
 def of_benchmarks(texts: Iterable[str], n: int) -> frozenset[int]:

@@ -125,9 +125,11 @@ def of_row(row, where: str, *, query: str, document: str) -> list[Pair]:
 
 def _from_anchor(row: dict, query: str, document: str) -> dict:
     """sentence-transformers' {anchor, positive[, negative, negative_1, ...]} under our names."""
+    named = {query: row["anchor"], document: row["positive"]} | row
+    if "negatives" in row and row["negatives"] is not None:  # mined ones come first; a null column is an absent one
+        return named
     negatives = [row[name] for name in row if name and re.fullmatch(r"negative(_\d+)?", name) and row[name]]
-    named = {query: row["anchor"], document: row["positive"]}
-    return named | ({} if "negatives" in row else {"negatives": negatives}) | row
+    return named | {"negatives": negatives}
 
 
 def _from_objective(row: dict, where: str, query: str, document: str) -> dict:
@@ -192,13 +194,16 @@ def _text(value) -> str:
 
 
 def _scores(row: dict, where: str, num_documents: int, num_negatives: int) -> tuple[list[float], list[float]]:
-    """A teacher's scores of the documents and of the negatives: "scores", in this order, or BGE's two lists."""
+    """A teacher's scores of the documents and of the negatives: "scores", in this order, or BGE's two lists.
+
+    An empty list is none, as null is: TFDS has no nulls, and gives one for a pair that prepare wrote without scores.
+    """
     scores, aligned = row["scores"] if "scores" in row else None, True
-    if scores is None and "pos_scores" in row and "neg_scores" in row and row["pos_scores"] is not None:
+    if scores in (None, []) and "pos_scores" in row and "neg_scores" in row and row["pos_scores"] is not None:
         scores = row["pos_scores"], row["neg_scores"] or []
         aligned = all(isinstance(part, list) for part in scores) and len(scores[0]) == num_documents
         scores = [*scores[0], *scores[1]] if aligned else scores
-    if scores is None:
+    if scores in (None, [], ([], [])):
         return [], []
     numbers = isinstance(scores, list) and all(isinstance(s, int | float) and abs(s) <= FLOAT_MAX for s in scores)
     if not aligned or not numbers or len(scores) != num_documents + num_negatives:

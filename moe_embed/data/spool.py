@@ -1,7 +1,8 @@
 """The passes of `prepare`: inputs are read into spools, copies are found over all of them, and the rest goes to shards.
 
-A spool is an input's good pairs as they will stand in the shards, one after the other in a file, and an array of facts about
-each. A folder's report.json is written last and makes the pass done; a shard's is beside it in the work folder.
+A spool is an input's good pairs as they will stand in the shards, one after the other in a file, with arrays of where
+each begins and of facts about it. A folder's report.json is written last and makes the pass done; a shard's is beside it in
+the work folder.
 """
 
 import collections
@@ -97,14 +98,20 @@ def benchmark_identity(folder: str) -> dict:
 
 def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
     """Read an input into its spool, unless that is done. UserError names the input, and the row where there is one."""
-    if (folder / "report.json").exists():
+    if (folder / "report.json").exists() and (folder / "starts").exists():
         return
+    # An earlier version wrote no starts: beside its report half of them would be believed to be all.
+    (folder / "report.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     tally = Tally(name, max_bad_fraction=settings.max_bad_fraction)
     langs, counts = {}, Counts()
-    with open(folder / "records", "wb") as records, open(folder / "facts", "wb") as facts:
+    with (
+        open(folder / "records", "wb") as records,
+        open(folder / "starts", "wb") as starts,
+        open(folder / "facts", "wb") as facts,
+    ):
         for kept in _chunks(_kept(_pairs(name, tally, settings, counts), settings, counts)):
-            array = np.zeros(len(kept), FACTS)
+            array, start = np.zeros(len(kept), FACTS), records.tell()
             array["query"], array["document"] = _lengths(kept, settings.tokenizer)
             for fact, pair in zip(array, kept, strict=True):
                 record = prepared.to_bytes(pair)
@@ -112,7 +119,8 @@ def fill(name: str, folder: pathlib.Path, settings: Settings) -> None:
                 fact["key"], fact["bytes"] = hygiene.key(pair), len(record)
                 fact["lang"] = langs.setdefault(pair.lang, len(langs))
             facts.write(array.tobytes())
-        for file in (records, facts):
+            starts.write((start + np.cumsum(array["bytes"], dtype="<u8") - array["bytes"]).tobytes())
+        for file in (records, starts, facts):
             file.flush()
             os.fsync(file.fileno())
     report = {"name": name, "rows": tally.good + tally.bad.total(), "pairs": counts.pairs, "bad": dict(tally.bad)}
@@ -271,12 +279,11 @@ def write_shard(
 
 
 def _records(folder: pathlib.Path, rows: np.ndarray) -> Iterator[bytes]:
-    """Some rows of a spool, in order."""
-    sizes = _facts(folder)["bytes"].astype(np.int64)
-    ends = np.cumsum(sizes)
+    """Some rows of a spool, in order. Only what is asked for is read: a spool may be all that memory holds."""
+    starts, sizes = np.memmap(folder / "starts", "<u8", "r")[rows], _facts(folder)["bytes"][rows]
     data = np.memmap(folder / "records", np.uint8, "r")
-    for row in rows:
-        yield data[ends[row] - sizes[row] : ends[row]].tobytes()
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        yield data[start : start + size].tobytes()
 
 
 def write_tfds_metadata(output: pathlib.Path, shards: Sequence[dict]) -> None:

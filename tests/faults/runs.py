@@ -39,13 +39,21 @@ def start(workdir: pathlib.Path, arguments, *, program=MODULE, log: str = "", at
 
 
 def start_two(workdir: pathlib.Path, arguments, *, program=MODULE, at: str = "") -> list[subprocess.Popen]:
-    """Two processes of one run; each with its own log, workdir.p0.log and workdir.p1.log."""
+    """Two processes of one run; each with its own log, workdir.p0.log and workdir.p1.log.
+
+    Without LLVM's optimisations: process 1 compiles at each start, since jax keeps what process 0 compiled alone.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     both = []
     for i in (0, 1):
-        where = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
+        where = {
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i),
+        }
         both.append(start(workdir, arguments, program=program, log=f".p{i}", at=at, env=environ(**where)))
     return both
 

@@ -37,7 +37,7 @@ def test_killed_at_random_times_it_ends_with_the_same_weights(long_flags, undist
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_killed_ends_the_other(endless_flags, tmp_path, victim):
     """Within what the run allows for a step: jax's own heartbeat would take 100 s to miss process 1."""
-    workdir, limit = tmp_path / "w", 20
+    workdir, limit = tmp_path / "w", 12
     flags = [*endless_flags, f"--config.run.watchdog={limit}"]
     both = runs.start_two(workdir, flags)
     runs.wait_for_step(workdir, 12, *both)  # the save at 10 has begun: the one at 5 counts

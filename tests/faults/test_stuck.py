@@ -28,7 +28,7 @@ verb.run(train.main, copies=True)
 
 def test_a_stuck_peer_ends_the_run_and_is_named(endless_flags, tmp_path):
     (tmp_path / "sleeps.py").write_text(SLEEPS)
-    workdir, limit = tmp_path / "w", 20
+    workdir, limit = tmp_path / "w", 12
     flags = [*endless_flags, f"--config.run.watchdog={limit}"]
     both = runs.start_two(workdir, flags, program=(tmp_path / "sleeps.py",))
     runs.wait_for_step(workdir, 4, *both)
@@ -47,7 +47,7 @@ def test_a_stuck_peer_ends_the_run_and_is_named(endless_flags, tmp_path):
 def test_a_peer_that_answers_nothing_is_named(endless_flags, tmp_path):
     """Stopped, as a machine that has frozen: not even its threads run."""
     workdir = tmp_path / "w"
-    both = runs.start_two(workdir, [*endless_flags, "--config.run.watchdog=20"])
+    both = runs.start_two(workdir, [*endless_flags, "--config.run.watchdog=12"])
     runs.wait_for_step(workdir, 7, *both)
     both[1].send_signal(signal.SIGSTOP)
     try:
