@@ -36,13 +36,16 @@ class Facts(NamedTuple):
 
 
 def of_workdir(root: pathlib.Path) -> Facts:
-    """What the workdir at `root` knows; no facts of a folder of another kind. Paths are cut to names."""
+    """What the workdir at `root` knows of its newest step that verifies; no facts of a folder of another kind.
+
+    Paths are cut to names.
+    """
     if not bucket.is_file(root / DESCRIPTION):
         return Facts()
     description = read_description(root)
     if description.config is None:
         return Facts()
-    step = checkpoint.newest_verified(root / "checkpoints", say=lambda _: None)  # load has said what there is to say
+    step = checkpoint.newest_verified(root / "checkpoints", say=print)
     written = checkpoint.facts(root / "checkpoints", step) if step is not None else {}
     data_card, verdict = root / run_data.CARD, held_out.concluded(root, steps=step or 0)
     try:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     parser = verb.Parser("embed", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export")
     parser.add_argument("--input", help="a .jsonl or .jsonl.gz file, or - for standard input")
-    parser.add_argument("--output", type=pathlib.Path, help="a .npy file: [lines, dim], unit norm")
+    parser.add_argument("--output", type=verb.local_path, help="a .npy file: [lines, dim], unit norm")
     parser.add_argument("--task", help="the prompt to put in front: query, document, ... (default: none)")
     parser.add_argument("--dim", type=int, help="keep this many numbers of each vector")
     parser.add_argument("--dtype", choices=vector_file.DTYPES, help=f"of the output (default: {vector_file.DTYPES[0]})")
@@ -43,6 +43,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--top_k={arguments.top_k} shows nothing; give 1 or more.")
     if arguments.output:
         verb.check_output(arguments.output, "--output")
+        read, written = pathlib.Path(arguments.input), arguments.output
+        if arguments.input != "-" and read.exists() and written.exists() and written.samefile(read):
+            raise UserError(f"--output={arguments.output} is the --input, which would be lost; name another file.")
     if arguments.search:
         corpus = list(sources.read_corpus(arguments.search).values())
         queries = list(_read(arguments.input)) if arguments.input else _typed()

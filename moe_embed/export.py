@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from moe_embed import (
     verb,
 )
 from moe_embed.config import Mesh, UserError
-from moe_embed.load import Model, load, make_parent
+from moe_embed.load import Model, load, make_parent, put_in_place
 
 TOLERANCE = 1e-5  # largest difference of a number of a unit vector, float32
 TORCH_FILES = pathlib.Path(__file__).parent / "torch_files"
@@ -86,6 +85,7 @@ def export(
     fold_shared_bias: bool = False,
     calibration_texts: Sequence[str] = (),
     facts: card_facts.Facts = card_facts.Facts(),  # noqa: B008, it is a constant
+    name: str = "",
 ) -> dict:
     """Write `model` to the folder `output`; returns the parity report, which is also in its parity.json.
 
@@ -93,10 +93,12 @@ def export(
     files of other makers, is refused, or with `force` moved to `output`.bak.
     A head of masked language modelling stays behind, and that is printed. With `onnx` the folder also has onnx/model.onnx,
     with `gguf` model-f16.gguf, with `calibration_texts` (documents) calibration.json. `fold_shared_bias` writes weights of the
-    same function without the experts' shared bias, compared with the model as it is. `facts` go into the card.
+    same function without the experts' shared bias, compared with the model as it is. `facts` go into the card, which calls the
+    model `name`: OWNER/NAME where it is to be pushed, by default the folder's name.
     UserError, and no folder, if the model cannot be written in this layout or the folder gives other vectors.
     """
     output = pathlib.Path(output).resolve()
+    name = name or output.name
     occupied = output.exists() and not (output.is_dir() and not any(output.iterdir()))
     foreign = _foreign(output) if occupied else ""
     if foreign and not force:
@@ -125,19 +127,20 @@ def export(
         report = _parity(plain, folder, onnx=onnx) | {"shared_bias": "folded" if fold_shared_bias else "as trained"}
         if gguf:
             verb.say(f"writing {gguf_file.FILE}, and comparing where llama-cpp-python is installed ...")
-            report |= gguf_file.write_and_compare(plain, folder / gguf_file.FILE, TEXTS, name=output.name)
+            report |= gguf_file.write_and_compare(plain, folder / gguf_file.FILE, TEXTS, name=name)
         if calibration_texts:
             calibrate.write(model, calibration_texts, folder)
         card = model_card.model_card(
-            model.encoder, model.moe, model.prompts, name=output.name, report=report, facts=facts,
+            model.encoder, model.moe, model.prompts, name=name, report=report, facts=facts,
             calibrated=bool(calibration_texts),
         )  # fmt: skip
         (folder / "README.md").write_text(card, encoding="utf-8")
         report |= {"files": _digests(folder)}  # whoever writes on in them is noticed
         _write_json(folder / "parity.json", report)
-        if occupied:
-            _out_of_the_way(output, keep=bool(foreign))
-        folder.rename(output)
+        backup = _free_name(output) if foreign else None
+        put_in_place(folder, output, keep=backup)
+    if backup:
+        print(f"what was in {output} is now in {backup}.")
     return report
 
 
@@ -158,8 +161,9 @@ def _foreign(output: pathlib.Path) -> str:
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
-    """Of the files of an export that a person may edit: the card, prompts, lengths."""
-    paths = [path for path in folder.rglob("*") if path.suffix in (".md", ".json") and path.name != "parity.json"]
+    """Of the files of an export that a person may edit: the card, prompts, lengths, the model file."""
+    texts = (path for path in folder.rglob("*") if path.suffix in (".md", ".json", ".py"))
+    paths = [path for path in texts if path.name != "parity.json"]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -288,17 +292,13 @@ def _in_torch(script: str, folder: pathlib.Path, passes: list[dict]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _out_of_the_way(output: pathlib.Path, *, keep: bool) -> None:
-    """Empty the place: an earlier export is deleted, anything else (`keep`) moved beside under a name that is free."""
-    if not keep:
-        shutil.rmtree(output)
-        return
+def _free_name(output: pathlib.Path) -> pathlib.Path:
+    """Where what is at `output` may be moved: OUTPUT.bak, OUTPUT.bak2, ..."""
     backup, count = output.with_name(f"{output.name}.bak"), 1
     while backup.exists():
         count += 1
         backup = output.with_name(f"{output.name}.bak{count}")
-    output.rename(backup)
-    print(f"what was in {output} is now in {backup}.")
+    return backup
 
 
 def _write_json(path: pathlib.Path, value) -> None:
@@ -309,7 +309,7 @@ def main(argv: Sequence[str]) -> None:
     """The verb; UserError for what the user can mend."""
     parser = verb.Parser("export", __doc__)
     parser.add_argument("--model", required=True, help="a workdir, or a folder written by export, upcycle, soup")
-    parser.add_argument("--output", required=True, help="the folder to write")
+    parser.add_argument("--output", required=True, type=verb.local_path, help="the folder to write")
     parser.add_argument("--force", action="store_true", help="move what is at --output aside, to OUTPUT.bak")
     parser.add_argument("--onnx", action="store_true", help="also write onnx/model.onnx, every expert on every token")
     parser.add_argument("--gguf", action="store_true", help="also write model-f16.gguf for llama.cpp")
@@ -333,14 +333,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--public says how --push=OWNER/NAME makes a repository; there is no --push.")
     if args.push:
         push.check(args.push)
+    make_parent(args.output, read=[args.model])
     root = bucket.path_of(args.model)
     facts = card_facts.from_flags(card_facts.of_workdir(root), args)
     texts = calibrate.texts_of(args.calibrate, model_root=root) if args.calibrate else ()
     verb.say(f"reading {args.model} ...")
-    model = load(args.model)
+    model = load(args.model, step=facts.steps or None)  # the facts' own: the run may be training still
     report = export(
         model, args.output, force=args.force, onnx=args.onnx, gguf=args.gguf, fold_shared_bias=args.fold_shared_bias,
-        calibration_texts=texts, facts=facts,
+        calibration_texts=texts, facts=facts, name=args.push or "",
     )  # fmt: skip
     print(f"wrote {args.output}: {FORMS[hf_layout.model_type(model.encoder, model.moe)]}")
     torch = "torch not run: it is not installed" if report["torch"] == "not run" else f"torch {report['torch']:.1e}"
@@ -352,7 +353,8 @@ def main(argv: Sequence[str]) -> None:
     if args.gguf:
         print(f"{gguf_file.FILE}: least cosine in llama.cpp: {report['gguf']}")
     if args.push:
-        print(f"pushed to {push.push(pathlib.Path(args.output), args.push, public=args.public)}")
+        address = push.push(args.output, args.push, public=args.public, replaces=FILES)
+        print(f"pushed to {address}")
 
 
 if __name__ == "__main__":

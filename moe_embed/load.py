@@ -24,9 +24,8 @@ from moe_embed.data import packing, tables
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.model import encoder as encoder_lib
 
-DESCRIPTION = (
-    "workdir.json"  # {"config", "prompts", "versions"}; in a model folder "encoder", "moe", "head" for "config"
-)
+# {"config", "prompts", "versions"}; in a model folder "encoder", "moe", "head" for "config"
+DESCRIPTION = "workdir.json"
 TEXTS_PER_ROW = 16
 ROW_TOKENS = 4096  # tokens a device encodes at once
 MIN_ROW = 32
@@ -266,8 +265,7 @@ def _load_workdir(root: pathlib.Path, mesh: jax.sharding.Mesh, step: int | None)
         raise UserError(f"step {step} of {root} does not verify: {fault}.")
     if step is None:
         raise UserError(f"{root} has no checkpoint yet; train it first: python -m moe_embed.train --workdir={root} ...")
-    init = lambda: encoder_lib.init(d.encoder, d.moe, key=jax.random.key(0), with_head=d.with_head)  # noqa: E731
-    abstract = jax.eval_shape(init)
+    abstract = jax.eval_shape(lambda: encoder_lib.init(d.encoder, d.moe, key=jax.random.key(0), with_head=d.with_head))
     shardings = _shardings(abstract, mesh, str(root))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     params = checkpoint.restore_params(root / "checkpoints", step, abstract_params=abstract)
@@ -288,8 +286,7 @@ def read_description(root: pathlib.Path) -> Description:
         encoder, moe = (config_lib.section(name, description[name]) for name in ("encoder", "moe"))
         if faults := config_lib.model_faults(encoder, moe):
             raise UserError(*faults)
-        made_by = description.get("made_by")
-        return Description(encoder, moe, prompts, bool(description["head"]), None, made_by=made_by)
+        return Description(encoder, moe, prompts, bool(description["head"]), None, made_by=description.get("made_by"))
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{root / DESCRIPTION} cannot be read ({error}); train and import_hf write such files."
@@ -333,21 +330,14 @@ def save(model: Model, output: str | pathlib.Path, *, made_by: str) -> None:
         shape = {"encoder": dataclasses.asdict(model.encoder), "moe": dataclasses.asdict(model.moe)}
         description = {**shape, "head": "head" in model.params, "prompts": model.prompts, "made_by": made_by}
         _write(folder, description, model.tokenizer)
-        if root.exists():
-            shutil.rmtree(root)
-        folder.rename(root)
+        put_in_place(folder, root)
 
 
 def check_model_output(root: pathlib.Path, *, read: Sequence[str] = ()) -> None:
-    """UserError, before any work, unless `save` may write a model folder at `root`; the folder it is to be in is made.
-
-    `read` are the models that the work reads: none of them is to be replaced by what is made of it.
-    """
-    make_parent(root)
+    """UserError, before any work, unless `save` may write a model folder at `root`. Else as `make_parent`."""
+    make_parent(root, read=read)
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return
-    if any(pathlib.Path(path).exists() and root.samefile(path) for path in read):
-        raise UserError(f"--output={root} is the model that is read; it would be replaced, so name another folder.")
     if not bucket.is_file(root / DESCRIPTION) or read_description(root).config is not None:
         raise UserError(f"--output={root} exists and is no earlier model folder; name another.")
     own = {DESCRIPTION, tokenizer_lib.Tokenizer.file_name, tokenizer_lib.JsonTokenizer.file_name}
@@ -360,14 +350,45 @@ def check_model_output(root: pathlib.Path, *, read: Sequence[str] = ()) -> None:
         )
 
 
-def make_parent(output: pathlib.Path) -> None:
-    """Make the folder that `output` is to be made in. UserError, before any work, where nothing can be written there."""
-    parent = output.resolve().parent
+def make_parent(output: pathlib.Path, *, read: Sequence[str] = ()) -> None:
+    """Make the folder that `output` is to be made in. UserError, before any work, where nothing can be written there.
+
+    `read` are the models that the work reads: none of them is to be replaced by what is made of it.
+    """
+    root, parent = output.resolve(), output.resolve().parent
+    if root.exists() and any(pathlib.Path(path).exists() and root.samefile(path) for path in read):
+        raise UserError(f"--output={output} is the model that is read; it would be replaced, so name another folder.")
+    if root.is_mount():
+        raise UserError(f"--output={output} is a mount point, which cannot be replaced; name a folder in it.")
     try:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=parent).cleanup()
     except OSError as error:
         raise UserError(f"--output={output} cannot be made: {error.strerror} ({parent}).") from error
+
+
+def put_in_place(folder: pathlib.Path, output: pathlib.Path, *, keep: pathlib.Path | None = None) -> None:
+    """Rename `folder` to `output`, on the same disk. What was there becomes `keep`, or is deleted when all is done.
+
+    Whatever stops it, the old one or the new one is whole at `output`. UserError where it cannot be renamed.
+    """
+    aside = keep or pathlib.Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent)) / output.name
+    try:
+        if output.exists():
+            output.rename(aside)
+        folder.rename(output)
+    except BaseException as error:
+        if aside.exists() and not output.exists():
+            aside.rename(output)
+        if not keep:
+            aside.parent.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"--output={output} cannot be replaced: {error.strerror}; name another folder.") from error
+        raise
+    if not keep:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+        if aside.parent.exists():
+            print(f"what was in {output} could not be deleted; the rest of it is in {aside.parent}.")
 
 
 def _write(root: pathlib.Path, description: dict, tokenizer) -> None:

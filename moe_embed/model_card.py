@@ -13,7 +13,7 @@ layouts they know. With rotary positions the model has the NomicBert-MoE layout.
 masked language modelling, then of pairs:
 
 ```bash
-python -m moe_embed.import_hf --model={name} --position=rotary --output={name}_rotary
+{fetch}python -m moe_embed.import_hf --model={name} --position=rotary --output={name}_rotary
 python -m moe_embed.train --config=configs/nomic_v2/mlm.py --init_from={name}_rotary --workdir=...
 ```
 """
@@ -29,7 +29,10 @@ def model_card(
     facts: card_facts.Facts = card_facts.Facts(),  # noqa: B008, it is a constant
     calibrated: bool = False,
 ) -> str:
-    """The card of a folder called `name` with the parity report `report` (export.py); `calibrated`: it has calibration.json."""
+    """The card of a model with the parity report `report` (export.py); `calibrated`: it has calibration.json.
+
+    `name` is a folder's, or OWNER/NAME of the hub: with it the card is for who loads the model from there.
+    """
     kind = hf_layout.model_type(encoder, moe)
     total, active = hf_layout.num_parameters(encoder, moe)
     experts = f"{moe.num_experts} experts, {moe.top_k} active, every {moe.every} layers" if moe.num_experts else "none"
@@ -79,7 +82,7 @@ Texts go in with the prompt of their task in front (servers rarely add it by the
 
 Parity, largest difference of any number of a vector on {report["texts"]} texts in float32: read back by moe_embed
 {report["moe_embed"]:.1e}, in sentence-transformers {torch} (parity.json).
-{_readers(kind, moe, report, vocab_size=encoder.vocab_size).format(name=name)}{_small(name, encoder.dim) if calibrated else ""}{_more(facts)}"""
+{_readers(kind, moe, report, vocab_size=encoder.vocab_size).format(fetch=_fetch(name), name=name.rpartition("/")[2])}{_small(name, encoder.dim) if calibrated else ""}{_more(facts)}"""
 
 
 def _front_matter(facts: card_facts.Facts) -> str:
@@ -93,15 +96,23 @@ def _more(facts: card_facts.Facts) -> str:
     return f"\n{section}" if section else ""
 
 
+def _fetch(name: str) -> str:
+    """The command that makes OWNER/NAME of the hub the folder NAME; none for a folder."""
+    return f"hf download {name} --local-dir={name.rpartition('/')[2]}\n" if "/" in name else ""
+
+
 def _small(name: str, dim: int) -> str:
+    on_hub = "/" in name
+    path = f'hf_hub_download("{name}", "calibration.json")' if on_hub else f'"{name}/calibration.json"'
     return f"""
-int8 and binary vectors, with the ranges of calibration.json (whole vectors of {dim} numbers; a prefix has others):
+int8 and binary vectors, with the ranges of calibration.json (whole vectors of {dim} numbers; a prefix has others). For int8 take
+sentence-transformers 6 or newer: older ones wrap around outside of the ranges.
 
 ```python
 import json, numpy as np
-from sentence_transformers.util.quantization import quantize_embeddings
+{"from huggingface_hub import hf_hub_download" + chr(10) if on_hub else ""}from sentence_transformers.util.quantization import quantize_embeddings
 
-ranges = np.array(json.load(open("{name}/calibration.json"))["ranges"], np.float32)
+ranges = np.array(json.load(open({path}))["ranges"], np.float32)
 int8 = quantize_embeddings(documents, precision="int8", ranges=ranges)
 bits = quantize_embeddings(documents, precision="ubinary")
 ```

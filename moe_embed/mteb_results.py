@@ -37,7 +37,7 @@ def write(
 
 def check(folder: pathlib.Path, tasks: Sequence[Task], *, digest: str) -> None:
     """UserError, before any work, where `folder` has a task's file of another revision of the data or of another model (or of one
-    that is not named), or something that is no TaskResult."""
+    that is not named), or something that is no TaskResult, and for a task whose name is no file's."""
     for name, members in _by_task(tasks).items():
         _earlier(folder / f"{name}.json", members, digest)
 
@@ -45,7 +45,12 @@ def check(folder: pathlib.Path, tasks: Sequence[Task], *, digest: str) -> None:
 def _by_task(tasks: Sequence[Task]) -> dict[str, list[Task]]:
     of_task: dict[str, list[Task]] = {}
     for task in tasks:
-        of_task.setdefault(task.origin.task, []).append(task)
+        try:
+            of_task.setdefault(stored.name_within(task.origin.task), []).append(task)
+        except ValueError as error:
+            raise UserError(
+                f"the task {task.origin.task!r:.80} cannot name a file of --mteb_results: {error}."
+            ) from error
     return of_task
 
 

@@ -9,8 +9,9 @@ may send the header X-Task; without either --task counts. "prompt_tokens" is wha
 field is refused, "user" is ignored. GET /v1/models, /health (200 once the model is warm) and /metrics (Prometheus) are the rest.
 
 Requests that arrive while the model is busy are encoded together; nobody's vector depends on whose (batcher.py). There are no
-access tokens: it listens to this machine only, unless --host says otherwise. SIGTERM or ctrl-C end it when what was asked is answered,
-within 60 s: who has no answer shortly before they are over is told that the server is ending (503).
+access tokens: it listens to this machine only, unless --host says otherwise. SIGTERM or ctrl-C end it when what was asked is answered.
+Who has no answer after 58 s is told that the server is ending (503), and the process ends with the call under way, of at most
+--max_batch texts: a call of the model is not broken off.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(model: Model, listener: socket.socket, *, flags: argparse.Namespace, name: str) -> None:
-    """Warm up, answer until SIGTERM or ctrl-C, and end when what was asked is answered, or refused after GRACE - LAST_WORD."""
+    """Warm up, answer until SIGTERM or ctrl-C, and end when what was asked is answered, or refused after GRACE - LAST_WORD,
+    and the call under way, if there is one, has returned."""
     import uvicorn
 
     host = f"[{flags.host}]" if ":" in flags.host else flags.host

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed import config as config_lib
 from moe_embed import (
+    bucket,
     held_out,
     hf_config,
     hf_folder,
@@ -35,6 +35,7 @@ from moe_embed import (
     stored,
     verb,
 )
+from moe_embed import config as config_lib
 from moe_embed.config import Config, Moe, UserError
 from moe_embed.load import DESCRIPTION, no_model, read_description
 
@@ -102,7 +103,7 @@ def check(config: Config, init_from: str) -> None:
         raise UserError("config.data.held_out=0 keeps nothing out to compare with; give --config.data.held_out=0.1.")
     if not config.moe.num_experts:
         raise UserError("config.moe.num_experts=0 leaves no mixture to compare; give --config.moe.num_experts=8.")
-    moe = moe_of(pathlib.Path(init_from))
+    moe = moe_of(bucket.path_of(init_from))
     if moe.num_experts:
         raise UserError(
             f"--init_from={init_from} is a mixture of {moe.num_experts} experts already; give the dense model that it came "
@@ -112,9 +113,9 @@ def check(config: Config, init_from: str) -> None:
 
 def moe_of(root: pathlib.Path) -> Moe:
     """What experts the model at `root` has, from its description alone. UserError where there is no model."""
-    if (root / DESCRIPTION).is_file():
+    if bucket.is_file(root / DESCRIPTION):
         return read_description(root).moe
-    if (root / "config.json").is_file():
+    if bucket.is_file(root / "config.json"):
         return hf_config.read_hf_config(hf_folder.read_json(root / "config.json"))[1]
     raise UserError(f"--init_from={no_model(root)}")
 

@@ -77,6 +77,21 @@ def test_a_bad_line_is_named_before_anything_is_encoded(workdir, tmp_path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
 
 
+def test_the_input_is_not_overwritten(tmp_path):
+    path = write(tmp_path / "t.jsonl", ["eins"])
+    before = (tmp_path / "t.jsonl").read_bytes()
+    (tmp_path / "link").symlink_to(path)
+    for name in ("t.jsonl", "link", "../" + tmp_path.name + "/t.jsonl"):
+        with pytest.raises(UserError, match="is the --input, which would be lost; name another file"):
+            embed.main(["--model=nowhere", f"--input={path}", f"--output={tmp_path / name}"])
+    for source, name in ((path, "e.npy"), ("-", "t.jsonl"), ("gone.jsonl", "t.jsonl")):
+        with pytest.raises(UserError, match="nowhere holds no model"):
+            embed.main(["--model=nowhere", f"--input={source}", f"--output={tmp_path / name}"])
+    assert (tmp_path / "t.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="gs:// is no folder of this machine"):
+        embed.main(["--model=nowhere", f"--input={path}", "--output=gs://b/e.npy"])
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(workdir, tmp_path):
     path, output = write(tmp_path / "t.jsonl", [f"Zeile {i}" for i in range(400)]), tmp_path / "e.npy"
     record = tmp_path / "e.npy.progress.json"

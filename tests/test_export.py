@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ import safetensors.numpy
 import sentencepiece
 
 import moe_embed
-from moe_embed import config, export, hf_folder, hf_layout, sharding
+from moe_embed import checkpoint, config, export, hf_folder, hf_layout, sharding
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import Model, load
+from moe_embed.load import Model, load, write_description
 from moe_embed.model import encoder as encoder_lib
 from tests import hf_tiny
 
@@ -217,6 +218,115 @@ def test_a_foreign_folder_is_refused_or_moved_aside(model, tmp_path):
         export.export(model, tmp_path / "link")
 
 
+def test_a_failure_at_the_very_end_keeps_the_new_export(model, tmp_path, monkeypatch):
+    export.export(model, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    whole = shutil.rmtree
+
+    def halfway(path, *rest, **options):  # ctrl-C while what was there is deleted
+        if old := list(pathlib.Path(path).rglob("model.safetensors")):
+            old[0].unlink()
+            raise KeyboardInterrupt
+        whole(path, *rest, **options)
+
+    monkeypatch.setattr("shutil.rmtree", halfway)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(small_model(seed=1), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_a_mount_point_is_refused(model, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(config.UserError, match="out is a mount point"):
+        export.export(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_file_patched_by_hand_is_somebodys_work(model, tmp_path):
+    export.export(model, tmp_path / "out")
+    with open(tmp_path / "out" / export.MODEL_FILE, "a") as file:
+        file.write("# faster on my machine\n")
+    with pytest.raises(config.UserError, match=r"as export left it \(modeling_moe_embed\.py changed\)"):
+        export.export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [(), ("--force",)])
+def test_the_model_that_is_read_is_not_replaced(model, tmp_path, monkeypatch, flags):
+    export.export(model, tmp_path / "m")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    monkeypatch.setattr(export, "load", lambda *_, **__: pytest.fail("work was done"))
+    for name in ("m", "link", "x/../m"):
+        with pytest.raises(config.UserError, match="is the model that is read; it would be replaced"):
+            export.main([f"--model={tmp_path / 'm'}", f"--output={tmp_path / name}", *flags])
+    with pytest.raises(config.UserError, match="gs:// is no folder of this machine"):
+        export.main([f"--model={tmp_path / 'm'}", "--output=gs://b/out", *flags])
+    with pytest.raises(pytest.fail.Exception):
+        export.main([f"--model={tmp_path / 'm'}", f"--output={tmp_path / 'other'}"])
+
+
+def test_the_card_names_the_folder_or_the_repository(model, tmp_path):
+    texts = [f"{text} {i}" for i in range(4) for text in export.TEXTS]
+    export.export(model, tmp_path / "out", calibration_texts=texts)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "# out\n" in card
+    assert 'SentenceTransformer("out", trust' in card
+    export.export(model, tmp_path / "out", calibration_texts=texts, name="acme/m")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "# acme/m\n" in card
+    assert 'SentenceTransformer("acme/m", trust' in card
+    assert 'hf_hub_download("acme/m", "calibration.json")' in card
+    assert not any(
+        f"{before}out" in card for before in ('"', "# ", "=", "`")
+    )  # nor does the folder's name stand elsewhere
+
+
+def test_what_is_pushed_has_the_repositorys_name_and_replaces_an_earlier_export(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(export, "load", lambda *_, **__: small_model())
+    report = {"moe_embed": 0.0, "torch": "not run"}
+    monkeypatch.setattr(export, "export", lambda *_, **given: asked.update(given) or report)
+    monkeypatch.setattr(export.push, "push", lambda *_, **given: asked.update(given) or "address")
+    export.main(["--model=m", f"--output={tmp_path / 'out'}", "--push=acme/m"])
+    assert (asked["name"], asked["replaces"]) == ("acme/m", export.FILES)
+    export.main(["--model=m", f"--output={tmp_path / 'out'}"])
+    assert not asked["name"]
+
+
+def test_facts_and_weights_are_of_one_step(tmp_path, monkeypatch):
+    """A run that is still training: each look finds a newer step."""
+    c = config.load("configs/demo.py:tiny")
+    params = jax.tree.map(np.asarray, encoder_lib.init(c.encoder, c.moe, key=jax.random.key(0)))
+    (tmp_path / "w").mkdir()
+    write_description(tmp_path / "w", c, tokenizer_lib.read(c.data.tokenizer), prompts={})
+
+    def train_on() -> None:
+        step = len(looks) + 1
+        state = {"step": step, "params": jax.tree.map(lambda x: x * step, params)}
+        checkpoint.save(tmp_path / "w" / "checkpoints", state, facts={}, keep=9)
+
+    looks, newest, found = [], checkpoint.newest_verified, {}
+
+    def look(folder, **options):
+        step = newest(folder, **options)
+        looks.append(step)
+        train_on()
+        return step
+
+    train_on()
+    monkeypatch.setattr(checkpoint, "newest_verified", look)
+    report = {"moe_embed": 0.0, "torch": "not run"}
+    monkeypatch.setattr(export, "export", lambda model, *_, **given: found.update(given, model=model) or report)
+    export.main([f"--model={tmp_path / 'w'}", f"--output={tmp_path / 'out'}"])
+    assert f"(step {found['facts'].steps})" in found["model"].origin
+    assert found["facts"].steps in looks
+    ours, theirs = (jax.tree.leaves(jax.tree.map(np.asarray, p)) for p in (found["model"].params, params))
+    assert all(np.array_equal(x, y * found["facts"].steps) for x, y in zip(ours, theirs, strict=True))
+    assert not all(np.array_equal(x, y * (found["facts"].steps + 1)) for x, y in zip(ours, theirs, strict=True))
+
+
 def test_onnx_is_refused_without_its_packages_and_where_others_write_it(model, tmp_path, monkeypatch):
     with pytest.raises(config.UserError, match=r"--onnx needs .*\[deploy\]"):
         export.export(model, tmp_path / "out", onnx=True)
@@ -253,7 +363,7 @@ def test_a_users_error_is_one_sentence_and_exit_2(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_verb_says_which_form_it_chose(form, tmp_path, capsys, monkeypatch):
     moe, shape, model_type = FORMS[form]
-    monkeypatch.setattr(export, "load", lambda path: small_model(moe=moe, **shape))
+    monkeypatch.setattr(export, "load", lambda path, *, step: small_model(moe=moe, **shape))
     monkeypatch.setattr(export, "export", lambda *_, **__: {"moe_embed": 0.0, "torch": "not run"})
     export.main(["--model=m", f"--output={tmp_path / 'out'}"])
     out, err = capsys.readouterr()

@@ -1,6 +1,8 @@
 """encode: rows in the caller's order, the same vector in any company, and clear refusals."""
 
 import dataclasses
+import os
+import pathlib
 import shutil
 import sys
 
@@ -14,9 +16,10 @@ from moe_embed import config as config_lib
 from moe_embed import load as load_function
 from moe_embed.config import UserError
 from moe_embed.data import tokenizer as tokenizer_lib
-from moe_embed.load import SPARE, Model, _rows, check_model_output, load, save, write_description
+from moe_embed.load import SPARE, Model, _rows, check_model_output, load, put_in_place, save, write_description
 from moe_embed.model import encoder
 
+load_module = sys.modules["moe_embed.load"]
 TEXTS = [
     "Tabelle",
     "表を挿入する",
@@ -116,6 +119,72 @@ def test_a_model_that_is_read_is_not_replaced(model, tmp_path):
     for output, read in (("m", "m"), ("m", "link"), ("link", "m"), ("m/../m", "m")):
         with pytest.raises(UserError, match="is the model that is read; it would be replaced, so name another folder"):
             check_model_output(tmp_path / output, read=[str(tmp_path / "other"), str(tmp_path / read)])
+
+
+def test_a_folder_takes_the_place_of_another_or_changes_nothing(tmp_path, monkeypatch, capsys):
+    new, place = tmp_path / "new", tmp_path / "place"
+
+    def renew() -> None:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+        for folder in (new, place):
+            folder.mkdir()
+            (folder / "what.txt").write_text(folder.name)
+
+    renew()
+    put_in_place(new, place)
+    assert (place / "what.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+    renew()
+    put_in_place(new, place, keep=tmp_path / "place.bak")
+    assert (place / "what.txt").read_text() == "new"
+    assert (tmp_path / "place.bak" / "what.txt").read_text() == "place"
+    shutil.rmtree(tmp_path / "place.bak")
+
+    rename = pathlib.Path.rename
+    for keep in (None, tmp_path / "place.bak"):
+        for fails in (1, 2):
+            renew()
+            with monkeypatch.context() as patch:
+                calls = iter(range(1, 9))
+
+                def failing(path, target, fails=fails, calls=calls):
+                    if next(calls) == fails:
+                        raise KeyboardInterrupt
+                    return rename(path, target)
+
+                patch.setattr(pathlib.Path, "rename", failing)
+                with pytest.raises(KeyboardInterrupt):
+                    put_in_place(new, place, keep=keep)
+            assert (place / "what.txt").read_text() == "place"
+            assert (new / "what.txt").read_text() == "new"
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "place"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", lambda *_: os.rename("nowhere", "here"))
+        with pytest.raises(UserError, match="place cannot be replaced: No such file or directory; name another folder"):
+            put_in_place(new, place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "place"]
+
+    monkeypatch.setattr(load_module.shutil, "rmtree", lambda *_, **__: None)  # of a file that cannot be deleted
+    put_in_place(new, place)
+    assert (place / "what.txt").read_text() == "new"
+    (old,) = (path for path in tmp_path.iterdir() if path != place)
+    assert (old / "place" / "what.txt").read_text() == "place"
+    assert f"could not be deleted; the rest of it is in {old}" in capsys.readouterr().out
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    place = tmp_path / "place"
+    place.mkdir()
+    check_model_output(place)
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path == place)
+    for name in ("place", "link"):
+        with pytest.raises(UserError, match=f"{name} is a mount point, which cannot be replaced"):
+            check_model_output(tmp_path / name)
+    check_model_output(tmp_path / "other")
 
 
 def test_chunks_and_a_stream_are_the_same_vectors(model, monkeypatch):

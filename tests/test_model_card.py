@@ -59,3 +59,26 @@ def test_what_llama_cpp_makes_of_it_is_said():
     assert "is folded into other weights" in text
     assert "to this model: 0.99990" in text
     assert "to this model: not run" in card(whole, hf_tiny.MOE, report=REPORT | {"gguf": "not run"})
+
+
+def calibrated(name: str) -> str:
+    return model_card.model_card(hf_tiny.NOMIC, hf_tiny.MOE, {}, name=name, report=REPORT, calibrated=True)
+
+
+def test_the_ranges_are_read_where_the_model_is():
+    here, on_the_hub = calibrated("my_model"), calibrated("acme/my_model")
+    assert 'json.load(open("my_model/calibration.json"))' in here
+    assert "hf_hub_download" not in here
+    assert 'hf_hub_download("acme/my_model", "calibration.json")' in on_the_hub
+    assert 'open("acme' not in on_the_hub
+    for text in (here, on_the_hub):
+        code = text[text.index("import json") :].partition("```")[0]
+        compile(code, "card", "exec")
+        assert "sentence-transformers 6 or newer: older ones wrap around outside of the ranges." in text
+
+
+def test_the_commands_for_a_model_of_the_hub_fetch_it_first():
+    text = model_card.model_card(hf_tiny.XLM_R, hf_tiny.MOE, {}, name="acme/my_model", report=REPORT)
+    assert "hf download acme/my_model --local-dir=my_model\n" in text
+    assert "import_hf --model=my_model --position=rotary --output=my_model_rotary" in text
+    assert "hf download" not in card(hf_tiny.XLM_R, hf_tiny.MOE)

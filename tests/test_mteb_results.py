@@ -86,6 +86,16 @@ def test_other_data_and_damaged_files_are_refused_before_the_work(tmp_path):
             mteb_results.check(tmp_path, [task], digest="0a1b")
 
 
+@pytest.mark.parametrize("name", ["acme/Docs", "../../x", "", "a\0b"])
+def test_a_tasks_name_that_names_no_file_is_refused_before_the_work(tmp_path, name):
+    (task, *_) = some_tasks()
+    wrong = dataclasses.replace(task, origin=dataclasses.replace(task.origin, task=name))
+    with pytest.raises(UserError, match="cannot name a file of --mteb_results"):
+        mteb_results.check(tmp_path / "deep" / "results", [task, wrong], digest="0a1b")
+    assert not list(tmp_path.iterdir())
+    mteb_results.check(tmp_path, [task], digest="0a1b")
+
+
 @pytest.mark.mteb
 @pytest.mark.filterwarnings("default")  # other people's software
 def test_mteb_loads_them(tmp_path):

@@ -1,9 +1,9 @@
 """--push asks before any work, names every argument as huggingface_hub does, and the token shows nowhere."""
 
 import inspect
+import socket
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -65,19 +65,47 @@ def test_an_argument_that_the_package_does_not_know_is_noticed(stand):
 
 
 def test_a_refusal_is_one_sentence_without_the_token(stand, tmp_path):
-    stand.fault = OSError("bad hf_secret\nat a server")
-    with pytest.raises(UserError, match=r"not pushed to a/b: bad \*\*\* at a server"):
-        push.push(tmp_path, "a/b", environment=TOKEN)
+    for kind in (OSError, RuntimeError):  # the latter is what huggingface_hub says of a file that broke off
+        stand.fault = kind("bad hf_secret\nat a server")
+        with pytest.raises(UserError, match=r"not pushed to a/b: bad \*\*\* at a server"):
+            push.push(tmp_path, "a/b", environment=TOKEN)
 
 
 @pytest.mark.parametrize(("said", "words"), [("no route", "no route"), ("", "ConnectError")])
-def test_a_hub_that_cannot_be_reached_is_one_sentence(stand, monkeypatch, tmp_path, said, words):
-    httpx = types.ModuleType("httpx")  # huggingface_hub sends by it from its version 1 on
-    httpx.HTTPError = type("HTTPError", (Exception,), {})
-    monkeypatch.setitem(sys.modules, "httpx", httpx)
-    stand.fault = type("ConnectError", (httpx.HTTPError,), {})(said)
+def test_whatever_package_sends_its_faults_are_one_sentence(stand, monkeypatch, tmp_path, said, words):
+    of_the_sender = type("HTTPError", (Exception,), {})
+    refusal = type("HfHubHTTPError", (of_the_sender, OSError), {})  # so in httpx, httpx2 and what comes after them
+    monkeypatch.setattr("huggingface_hub.errors.HfHubHTTPError", refusal)
+    stand.fault = type("ConnectError", (of_the_sender,), {})(said)
     with pytest.raises(UserError, match=f"the folder is written, but was not pushed to a/b: {words}"):
         push.push(tmp_path, "a/b", environment=TOKEN)
+    stand.fault = type("Other", (Exception,), {})("a fault of ours")
+    with pytest.raises(type(stand.fault), match="a fault of ours"):
+        push.push(tmp_path, "a/b", environment=TOKEN)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch, tmp_path):
+    """The package itself, whichever version is here, at a port where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"not pushed to a/b: .*[Cc]onnect"):
+        push.push(tmp_path, "a/b", environment=TOKEN)
+
+
+def test_files_of_an_earlier_export_that_this_one_lacks_go(stand, tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+
+    (tmp_path / "onnx").mkdir()
+    for name in ("config.json", "onnx/model.onnx"):
+        (tmp_path / name).touch()
+    push.push(tmp_path, "a/b", replaces={"config.json", "onnx/model.onnx", "m.gguf", "cal.json"}, environment=TOKEN)
+    patterns = stand.calls[2][1]["delete_patterns"]
+    there = ["config.json", "onnx/model.onnx", "m.gguf", "cal.json", "of_others/cal.json", "notes.md", "xm.gguf"]
+    assert list(filter_repo_objects(there, allow_patterns=patterns)) == ["m.gguf", "cal.json"]
+    push.push(tmp_path, "a/b", environment=TOKEN)
+    assert not stand.calls[5][1]["delete_patterns"]
 
 
 def test_what_is_missing_is_said_first(monkeypatch):

@@ -8,8 +8,8 @@ import types
 import numpy as np
 import pytest
 
+from moe_embed import bucket, held_out, hf_layout, worth
 from moe_embed import config as config_lib
-from moe_embed import held_out, hf_layout, worth
 from moe_embed.config import UserError
 from moe_embed.data import sources
 from moe_embed.load import read_description, save, write_description
@@ -136,6 +136,20 @@ def test_what_is_no_question_is_refused(tmp_path):
         worth.check(tiny.config(), str(tmp_path / "dense"))
     with pytest.raises(UserError, match="num_experts=0 leaves no mixture"):
         worth.check(tiny.config(data={"held_out": 0.1}, moe={"num_experts": 0}), str(tmp_path / "dense"))
+
+
+@pytest.mark.gcs
+def test_a_model_in_a_bucket_is_looked_for_there(monkeypatch):
+    asked, experts = [], [0, 8]
+    monkeypatch.setattr(bucket, "_store", lambda: None)
+    monkeypatch.setattr(bucket, "is_file", lambda path: asked.append(str(path)) or True)
+    monkeypatch.setattr(
+        worth, "read_description", lambda root: types.SimpleNamespace(moe=config_lib.Moe(num_experts=experts.pop(0)))
+    )
+    worth.check(config(), "gs://runs/w")
+    with pytest.raises(UserError, match="gs://runs/w is a mixture of 8 experts already"):
+        worth.check(config(), "gs://runs/w")
+    assert asked == ["gs://runs/w/workdir.json"] * 2
 
 
 def test_a_workdir_is_begun_once(tmp_path):
