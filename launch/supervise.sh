@@ -4,7 +4,8 @@
 # Its exit status decides:
 #   75 (EX_TEMPFAIL: told to stop, and saved), 76 (another process hung), 128 + n (killed by signal n)            run again
 #   0 done, 1 a fault of the program, 2 of what it was told, 130 Ctrl-C, 141 nobody reads its output, any other   end with it
-# At most RESTARTS (10) times in a row, after PAUSE (10, whole) seconds, then twice as many, up to 300; after an hour of work the count starts anew.
+# At most RESTARTS (10) times in a row, after PAUSE (10, whole) seconds, then twice as many, up to 300; after three hours of work the count starts anew,
+# after a day where it ended with 76 or 142: the watchdog's, and what hangs at every start is not to be started for ever.
 # SIGTERM, SIGHUP (as SIGTERM: the line to this terminal broke) and SIGINT go to the command, which is then not run again, and whose status is this one's.
 
 restartable() { # STATUS
@@ -16,10 +17,17 @@ restartable() { # STATUS
     esac
 }
 
+worked() { # STATUS SECONDS: whether so long was work. What hangs takes config.run.watchdog, an hour, and half an hour for compiling.
+    case $1 in
+        76 | 142) [ "$2" -ge 86400 ] ;; # one who chose a longer watchdog is to be stopped too
+        *) [ "$2" -ge 10800 ] ;;
+    esac
+}
+
 restarts=0 next=${PAUSE:-10} told='' child='' # `told`: the signal that this shell was sent; `child`: what runs beside it
 once_more() { # STATUS SECONDS: true, after a pause, where what ended so after so long is to be run again
     if [ -n "$told" ] || ! restartable "$1"; then return 1; fi
-    if [ "$2" -ge 3600 ]; then restarts=0 next=${PAUSE:-10}; fi
+    if worked "$1" "$2"; then restarts=0 next=${PAUSE:-10}; fi
     if [ "$restarts" -ge "${RESTARTS:-10}" ]; then
         echo "supervise: it ended with $1 again, after $restarts restarts in a row; that is enough." >&2
         return 1

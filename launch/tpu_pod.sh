@@ -8,8 +8,9 @@
 # in the TPU's region and open to its service account, or a folder that all mount. Exit status: the run's,
 # 2 for a wrong argument, 1 where the TPU cannot be had or reached, 130 after Ctrl-C.
 # 75, 76 and signals start the run again on the same TPU (launch/supervise.sh), at most RESTARTS (10) times; it continues by itself.
-# POLL=30: seconds between two looks at the state of the TPU. SETTLE=160: seconds for the other hosts to end when the first has, or be stopped:
-# a minute longer than jax needs to miss a killed process.
+# POLL=30: seconds between two looks at the state of the TPU. Where gcloud or ssh fails it is tried again, after longer and longer pauses:
+# for 10 POLLs, and 120 (an hour) from when all hosts have answered; then it stops following, with 1. SETTLE=160: seconds for the other
+# hosts to end when the first has, or be stopped: a minute longer than jax needs to miss a killed process.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$here/launch/supervise.sh"
@@ -86,27 +87,42 @@ quoted=${quoted# }
 archive=$scratch/moe_embed.tar.gz
 if [ -n "$dry" ]; then archive=moe_embed.tar.gz; fi
 
-look() { # tpu-vm|queued-resources FORMAT: a state, or ABSENT
-    local tries
-    for tries in 1 2 3 4 5; do
-        if call compute tpus "$1" describe "$name" "${where[@]}" --format="$2" 2> "$scratch/why"; then return; fi
+patience=5 # failures of gcloud or ssh in a row that end it: 5 minutes; 16 and an hour from when all hosts have answered
+outlast() { # FAILURES: after each in a row a longer pause; false where that is enough
+    local i
+    if [ "$1" -ge "$patience" ]; then return 1; fi
+    for ((i = 0; i < $1; i++)); do sleep "$poll"; done
+}
+
+left() { # [STATUS]
+    say "no longer following. The run goes on; the same command follows it again, --delete removes the TPU and all."
+    exit "${1:-130}"
+}
+give_up() {
+    if [ -n "${sent:-}" ]; then left 1; fi
+    exit 1
+}
+
+look() { # tpu-vm|queued-resources FORMAT: the caller's `state` becomes what it is in, or ABSENT
+    local failures=0
+    while ! state=$(call compute tpus "$1" describe "$name" "${where[@]}" --format="$2" 2> "$scratch/why"); do
         if grep -q NOT_FOUND "$scratch/why"; then
-            echo ABSENT
+            state=ABSENT
             return
         fi
-        say "$(head -n 1 "$scratch/why")"
-        if [ "$tries" -lt 5 ]; then sleep "$poll"; fi
+        failures=$((failures + 1))
+        say "$(head -n 1 "$scratch/why") ($failures of $patience in a row)"
+        outlast "$failures" || give_up
     done
-    exit 1
 }
 
 # ---- what it takes to run
 active() { # comes back when the TPU is there and ready
     local state before='' failed=0 refused=0
     while :; do
-        state=$(look queued-resources 'value(state.state)')
+        look queued-resources 'value(state.state)'
         if [ "$state" = ACTIVE ]; then # PREEMPTED is said of the node first
-            state=$(look tpu-vm 'value(state)')
+            look tpu-vm 'value(state)'
             if [ "$state" = ABSENT ]; then state="without its node"; fi
         fi
         if [ "$state" != "$before" ]; then say "$name is $state."; fi
@@ -114,7 +130,7 @@ active() { # comes back when the TPU is there and ready
         case $state in
             READY) return ;;
             ABSENT) # at first a refusal is final; afterwards it may be a quota that the last one has not yet given back
-                create || { [ -n "$again" ] && [ $((refused += 1)) -lt 10 ] && sleep "$poll"; } || exit 1
+                create || { [ -n "$again" ] && outlast $((refused += 1)); } || exit 1
                 sent='' seen=0 followed='' again=1 # whatever was there, these hosts have nothing
                 ;;
             SUSPENDING | SUSPENDED | FAILED | PREEMPTED | TERMINATED | without*)
@@ -185,11 +201,6 @@ verdict() { # one status of all hosts': what can be mended by running again, els
     head -n 1 <<< "$codes"
 }
 
-left() {
-    say "no longer following. The run goes on; the same command follows it again, --delete removes the TPU and all."
-    exit 130
-}
-
 if [ -n "$dry" ]; then
     if [ -n "$delete" ]; then
         remove
@@ -211,7 +222,7 @@ fi
 git -C "$here" rev-parse --quiet HEAD > /dev/null || refuse "$here is no git checkout, and what git tracks is what goes to the hosts."
 command -v gcloud > /dev/null || refuse "there is no gcloud here; install Google Cloud's CLI, and log in."
 if [ -n "$delete" ]; then
-    state=$(look queued-resources 'value(state.state)')
+    look queued-resources 'value(state.state)'
     if [ "$state" = ABSENT ]; then
         say "there is no $name in $zone."
     else
@@ -227,15 +238,15 @@ sent='' followed='' again='' seen=0 lost=0 unready=0 began=$SECONDS
 while :; do
     active
     if ! said=$(statuses); then # taken away a moment ago, or not yet up
-        if [ $((lost += 1)) -ge 10 ]; then
+        lost=$((lost + 1))
+        say "$name is READY, and not every host answers ($lost of $patience in a row)"
+        if ! outlast "$lost"; then
             cat "$scratch/why" >&2
-            say "$name is READY, and ssh has failed $lost times in a row."
-            exit 1
+            give_up
         fi
-        sleep "$poll"
         continue
     fi
-    lost=0
+    lost=0 patience=16 # pauses of 1 to 15 POLLs: an hour
     if grep -q '^tpu_worker [^ ]* none' <<< "$said"; then sent=''; fi # a host that has no run has lost its disk, or never had one
     if grep -q '^tpu_worker [^ ]* running' <<< "$said"; then
         other=$(sed -n 's/^tpu_worker [^ ]* running //p' <<< "$said")

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable
 
 from etils import epath
@@ -23,6 +24,8 @@ from moe_embed.config import UserError
 # No signature or password: it would be written down. No pattern either: gcsfs deletes whatever one matches.
 ADDRESS = re.compile(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/?#@*\[\]]+)+/?")
 
+PATIENCE = 120.0  # seconds for a store that fails where a run begins, on top of gcsfs's own tries: a restart should outlast that
+PAUSE = 10.0
 TRIES = 3  # of deleting what is in a folder, where some of it was deleted meanwhile
 
 
@@ -52,23 +55,38 @@ def is_remote(path: pathlib.Path | epath.Path) -> bool:
 
 
 def check(path: pathlib.Path | epath.Path) -> None:
-    """UserError where nothing can be written, listed and deleted below a path in a bucket. It makes the first connection."""
+    """UserError where nothing can be written, listed and deleted below a path in a bucket. It makes the first connection.
+
+    A store that says no is believed at once; another failure is waited out, up to PATIENCE seconds.
+    """
     if not is_remote(path):
         return
-    probe = path / "writable"
-    try:
-        write(probe, b"")
-        listed = names(path)
-        remove(probe)
-    except FileNotFoundError as error:
-        raise UserError(f"--workdir={path} cannot be written: there is no bucket {path.parts[2]}.") from error
-    except OSError as error:
-        raise UserError(
-            f"--workdir={path} cannot be written: {error.strerror}; gcloud auth application-default login gives credentials, "
-            "and Storage Object User is the role they need."
-        ) from error
+    probe, until = path / "writable", time.monotonic() + PATIENCE
+    while True:
+        try:
+            write(probe, b"")
+            listed = names(path)
+            remove(probe)
+            break
+        except FileNotFoundError as error:
+            raise UserError(f"--workdir={path} cannot be written: there is no bucket {path.parts[2]}.") from error
+        except OSError as error:
+            if _is_refusal(error) or time.monotonic() >= until:
+                raise UserError(
+                    f"--workdir={path} cannot be written: {error.strerror}; gcloud auth application-default login gives "
+                    "credentials, and Storage Object User is the role they need."
+                ) from error
+            left = until - time.monotonic()
+            print(f"{path} cannot be written: {error.strerror}; it is tried again for {left:.0f} s.", flush=True)
+            time.sleep(PAUSE)
     if probe.name not in listed:
         raise UserError(f"--workdir={path} does not list what was just written there.")
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Whether the store itself said no (401, 403), in what `errors_of` raises: asking again is of no use."""
+    said = error.__cause__
+    return getattr(said, "code", None) in (401, "401") or str(said).startswith("Forbidden")  # so gcsfs tells a 403
 
 
 def read(path: pathlib.Path | epath.Path) -> bytes:

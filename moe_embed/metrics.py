@@ -1,6 +1,7 @@
 """What a run writes down: metrics.jsonl (a row a step), evaluations.jsonl, events.jsonl, and a progress bar for whoever is watching."""
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -54,6 +55,7 @@ class Writer:
         self._later = 0.0  # when rows of steps may next be put in a bucket: each time it is the whole file
         keep(self.path, first_step - 1)
         keep(self.evaluations, first_step)
+        keep(self.events, math.inf)
         self._waiting = {self.path: "", self.evaluations: "", self.events: ""}  # what is not written yet
         self._failing: set[pathlib.Path] = set()
         self._bar = tqdm.tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout,
@@ -165,9 +167,9 @@ def append(path: pathlib.Path, text: str) -> None:
         raise
 
 
-def keep(path: pathlib.Path, last_step: int) -> None:
-    """Drop the rows of a .jsonl file after `last_step`: they will be written again."""
-    if not path.is_file():
+def keep(path: pathlib.Path, last_step: float) -> None:
+    """Drop the rows of a .jsonl file after `last_step`: they will be written again. A last line cut short goes too."""
+    if not bucket.is_file(path):
         return
     kept = [row for row in read(path) if row["step"] <= last_step]
     stored.write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())

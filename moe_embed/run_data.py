@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ def read_files(config: Config, *, with_tokenizer: bool) -> Files:
     tokenizer = read(tokenizer_lib.read, c.tokenizer) if with_tokenizer else None
     named = read(read_sources, config)
     tasks = [read(sources_lib.read_task, folder, split="dev") for folder in c.dev]
+    names = [task.name for task in tasks if task]  # of one that cannot be read there is []
+    faults += [
+        f"config.data.dev has more than one task named {name}; results go by a folder's name."
+        for name, count in Counter(names).items() if count > 1
+    ]  # fmt: skip
     if faults:
         raise UserError(*faults)
     return Files(tokenizer, named, tasks)

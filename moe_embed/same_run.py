@@ -113,10 +113,11 @@ def alone(workdir: pathlib.Path | None) -> Iterator[None]:
             lock = stored.open_alone(workdir / LOCK)
         except BlockingIOError as error:
             raise UserError(
-                f"another process trains in {workdir}; wait for it, stop it, or name another --workdir."
+                f"another process trains in {workdir}; wait for it, stop it, name another --workdir, or, if its machine "
+                f"is gone, delete {workdir / LOCK}."
             ) from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            raise UserError(f"{workdir / LOCK} cannot be opened: {error.strerror}.") from error
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ JSON is written whole or not at all.
 Callers make the ValueError their own sentence: what the file is, and what would mend it.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,8 @@ from etils import epath
 from moe_embed import bucket
 
 MOST = 2**26  # bytes of a JSON file: the largest of ours, XLM-R's tokenizer.json, is 17 MB
+# Of a file system without locks: some FUSE, NFS without its lock service.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def read_json(path: pathlib.Path | epath.Path):
@@ -46,10 +49,17 @@ def write_bytes(path: pathlib.Path | epath.Path, data: bytes) -> None:
 
 
 def open_alone(path: pathlib.Path) -> typing.BinaryIO:
-    """A file, made if absent, to append to, for this process alone until it is closed. BlockingIOError: another has it."""
+    """A file, made if absent, to append to, for this process alone until it is closed. BlockingIOError: another has it.
+
+    Where the file system has no locks nobody is kept out.
+    """
     file = open(path, "ab")  # noqa: SIM115 - the caller closes it
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         if not (path.is_file() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
             raise BlockingIOError  # between the two lines another process moved or deleted it
     except BaseException:

@@ -160,7 +160,6 @@ def train(
     prog = program.build(config, mesh, num_ids=tokenizer.num_ids)
     say_what_will_run(config, prog, batches, held)
     cluster.on_first(lambda: same_run.check_workdir(config, workdir, allow=allow_data_change))
-    cluster.on_first(lambda: same_run.check_space(workdir, checkpoint.num_bytes(prog.abstract_state)))
 
     if first is None:
         cluster.on_first(lambda: same_run.say_if_begun(workdir))
@@ -182,7 +181,6 @@ def train(
         state = checkpoint.restore(checkpoints, first, abstract_state=prog.abstract_state)
     started = time.perf_counter()
     writes_to = workdir if cluster.is_first() else None
-    looking = health.Health(writes_to, first_step=first, max_skips=config.run.max_skips)
     with (
         same_run.alone(writes_to),
         trackers.opened(
@@ -193,6 +191,9 @@ def train(
         preemption.heard(first) as told_to_stop,
         watchdog.Watchdog(config.run.watchdog, done=first) as watching,
     ):
+        if first < config.run.steps:  # the saver has removed what earlier saves left unfinished
+            cluster.on_first(lambda: same_run.check_space(workdir, checkpoint.num_bytes(prog.abstract_state)))
+        looking = health.Health(writes_to, first_step=first, max_skips=config.run.max_skips)
         cluster.on_first(lambda: write_description(workdir, config, tokenizer, prompts=prompts, init_from=init_from))
         cluster.on_first(lambda: run_data.keep_cards(config, workdir))
         agreement.check_shared(workdir / DESCRIPTION)

@@ -117,6 +117,28 @@ def test_what_a_store_refuses_is_an_oserror_with_a_sentence(server, root):
         bucket.check(bucket.path_of("gs://another-one/w"))
 
 
+@gcs
+@pytest.mark.parametrize("status", [409, 401, FORBIDDEN])  # gcsfs tries none of them again, nor takes a while
+def test_a_store_that_fails_for_a_while_is_waited_for_and_one_that_refuses_is_not(server, root, status, monkeypatch, capsys):  # fmt: skip
+    monkeypatch.setattr(bucket, "PAUSE", 0.0)
+    failures = iter([status] * 3)
+    server.refuse = lambda method, name: next(failures, 0)
+    if status != 409:
+        with pytest.raises(UserError, match=r"/runs/w cannot be written: refused by the test.*gcloud auth"):
+            bucket.check(root)
+        assert len(server.asked) == 1
+        return
+    bucket.check(root)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert said[0] == f"{root} cannot be written: refused by the test, 409; it is tried again for 120 s."
+    assert objects(server, root) == {}
+    server.refuse = lambda method, name: status
+    monkeypatch.setattr(bucket, "PATIENCE", 0.0)
+    with pytest.raises(UserError, match=r"/runs/w cannot be written: refused by the test, 409; gcloud auth"):
+        bucket.check(root)
+
+
 def rows(data: bytes) -> list[int]:
     return [json.loads(line)["step"] for line in data.splitlines()]
 
@@ -150,8 +172,13 @@ def test_a_log_that_cannot_be_read_is_not_begun_anew(server, root):
     server.refuse = lambda method, name: FORBIDDEN if method == "GET" else 0
     with pytest.raises(OSError, match="refused"):
         metrics.append(root / "x.jsonl", '{"step": 1}\n')
+    server.refuse = lambda method, name: 401 if method == "GET" else 0  # epath lets gcsfs's own error through
+    with pytest.raises(OSError, match="refused by the test"):
+        metrics.keep(root / "x.jsonl", -1)
     server.refuse = lambda method, name: 0
     assert rows(objects(server, root)["x.jsonl"]) == [0]
+    metrics.keep(root / "x.jsonl", -1)
+    assert rows(objects(server, root)["x.jsonl"]) == []
 
 
 def saver(folder, said, *, keep=2):

@@ -89,6 +89,19 @@ def test_the_exit_status_says_whether_a_command_is_run_again(host, actions, stat
     assert (host.state / "arguments").read_text() == "a b\0it's\0" * starts
 
 
+@pytest.mark.parametrize(("status", "hours", "kept"), [
+    (75, 3, False), (75, 2, True), (137, 3, False),
+    (76, 3, True), (142, 3, True),  # a watchdog's: what always hangs also takes its time
+    (76, 24, False), (142, 24, False),
+])  # fmt: skip
+def test_after_a_long_time_of_work_the_count_starts_anew(status, hours, kept):
+    again = f"once_more {status} {hours * 3600}"
+    script = f"source launch/supervise.sh; RESTARTS=2 PAUSE=0 next=0; {again} && {again} && {again}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, "that is enough" in done.stderr) == ((1, True) if kept else (0, False)), done.stderr
+    assert ("; restart 2 of 2" in done.stderr) == kept
+
+
 def wait_for(path: pathlib.Path) -> None:
     until = time.monotonic() + 30
     while not path.exists() and time.monotonic() < until:

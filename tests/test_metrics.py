@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_embed import metrics
+from moe_embed.config import UserError
 
 
 def write(workdir, steps, *, first=0, last=10, loss=0.0):
@@ -98,6 +99,26 @@ def test_a_last_line_cut_short_is_left_out(tmp_path):
         assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1]
     write(tmp_path, [2], first=2)
     assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_an_event_cut_short_is_dropped_and_the_next_stands_on_a_line_of_its_own(tmp_path):
+    path = tmp_path / "events.jsonl"
+    for cut in (
+        b'{"step": 4, "ev',
+        b"\0" * 9,
+        b'{"step": 4, "event": "save", "time": 0.5}',
+    ):  # the last lacks its end alone
+        path.write_bytes(b'{"step": 0, "event": "begin", "time": 0.25}\n' + cut)
+        whole = metrics.read(path)
+        with metrics.Writer(tmp_path, first_step=4, last_step=8) as writer:
+            writer.event(4, "resume")
+        rows = metrics.read(path)
+        assert rows[:-1] == whole
+        assert (rows[-1]["step"], rows[-1]["event"]) == (4, "resume")
+        assert len(whole) == 1 + cut.endswith(b"}")
+    path.write_text("no row\n" + path.read_text())  # not at the end: not ours to drop
+    with pytest.raises(UserError, match=r"events.jsonl:1 is no row with a step"):
+        metrics.Writer(tmp_path, first_step=4, last_step=8)
 
 
 def test_rows_wait_while_the_disk_is_full_and_no_line_is_cut(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -65,6 +66,28 @@ def test_every_fault_at_once(tmp_path, config):
     with pytest.raises(UserError) as caught:
         open_(config, sources=(f"{tmp_path}/x.jsonl", f"{tmp_path}/*.csv"), tokenizer="nowhere")
     assert len(caught.value.args) == 3
+
+
+def test_dev_tasks_of_one_name_are_refused_with_the_other_faults(tmp_path, config):
+    """Their figures go by it."""
+    for name in ("de/faq", "en/faq", "en/news"):
+        (tmp_path / name / "qrels").mkdir(parents=True)
+        (tmp_path / name / "corpus.jsonl").write_text('{"_id": "d", "text": "a"}\n')
+        (tmp_path / name / "queries.jsonl").write_text('{"_id": "q", "text": "b"}\n')
+        (tmp_path / name / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    de, en, news, none = (f"{tmp_path}/{name}" for name in ("de/faq", "en/faq", "en/news", "none"))
+    same = "config.data.dev has more than one task named faq; results go by a folder's name."
+    for dev, tokenizer, said in (
+        ((de, en), "nowhere", [re.compile("nowhere"), re.compile(same)]),
+        ((de, none, en, none), config.data.tokenizer, [re.compile("none"), re.compile("none"), re.compile(same)]),
+    ):
+        with pytest.raises(UserError) as caught:
+            open_(config, sources=(write(tmp_path / "a.jsonl", 99),), dev=dev, tokenizer=tokenizer)
+        assert len(caught.value.args) == len(said), caught.value.args
+        assert all(pattern.search(sentence) for pattern, sentence in zip(said, caught.value.args, strict=True))
+    data = dataclasses.replace(config.data, sources=(write(tmp_path / "a.jsonl", 99),), dev=(de, news))
+    files = run_data.read_files(dataclasses.replace(config, data=data), with_tokenizer=False)
+    assert [task.name for task in files.tasks] == ["faq", "news"]
 
 
 def test_a_file_that_is_named_twice_is_refused(tmp_path, config):

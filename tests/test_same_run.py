@@ -118,9 +118,20 @@ def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path):
 
 def test_a_workdir_has_one_writer(tmp_path):
     with same_run.alone(tmp_path):
-        with pytest.raises(UserError, match="another process trains in"), same_run.alone(tmp_path):
+        with (
+            pytest.raises(
+                UserError, match=f"another process trains in .*, or, if its machine is gone, delete {tmp_path}/lock"
+            ),
+            same_run.alone(tmp_path),
+        ):
             pass
         assert (tmp_path / same_run.LOCK).is_file()
     assert not list(tmp_path.iterdir())
     with same_run.alone(tmp_path):  # one that was killed leaves the file, and no lock
+        pass
+
+
+def test_a_lock_that_cannot_be_had_is_a_sentence(tmp_path):
+    (tmp_path / same_run.LOCK).mkdir()
+    with pytest.raises(UserError, match="/lock cannot be opened: Is a directory"), same_run.alone(tmp_path):
         pass

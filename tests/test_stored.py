@@ -1,6 +1,8 @@
 """What others wrote comes as a value or as a ValueError, whatever it is."""
 
+import errno
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -33,6 +35,20 @@ def test_a_file_is_one_processs_alone_until_it_is_closed(tmp_path):
     with stored.open_alone(tmp_path / "lock"), pytest.raises(BlockingIOError):
         stored.open_alone(tmp_path / "lock")
     stored.open_alone(tmp_path / "lock").close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_gone_on_with(tmp_path, number, monkeypatch):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(stored.fcntl, "flock", flock)
+    with stored.open_alone(tmp_path / "lock") as file:
+        file.write(b"x")
+    assert (tmp_path / "lock").read_bytes() == b"x"
+    number = errno.EIO  # another fault is one
+    with pytest.raises(OSError, match="Input/output error"):
+        stored.open_alone(tmp_path / "lock")
 
 
 def header(text: str) -> bytes:

@@ -236,6 +236,52 @@ def test_a_run_that_ended_while_a_host_could_not_be_asked_is_not_run_again(pod, 
     assert len(pod.rows("runs")) == 2
 
 
+# Fails as often as the file `down` has lines, calls with `$WORD` in them; from the first look at the log on, or at once.
+FAILING = """\
+#!/usr/bin/env bash
+case "$*" in *"tpu_worker.sh follow"*) touch "$STAND_INS/followed" ;; esac
+if [ -z "$AT_ONCE" ] && [ ! -f "$STAND_INS/followed" ]; then exec {gcloud} "$@"; fi
+if [[ "$*" != *"$WORD"* ]] || [ ! -s "$STAND_INS/down" ]; then exec {gcloud} "$@"; fi
+sed -i 1d "$STAND_INS/down"
+echo "ERROR: there is no network" >&2
+exit 1
+"""
+
+
+def follow_with_failures(pod, failures: int, *, word: str = "", at_once: str = "") -> subprocess.CompletedProcess:
+    folder = pod.state / "failing"
+    folder.mkdir()
+    (folder / "gcloud").write_text(FAILING.format(gcloud=shutil.which("gcloud", path=pod.environment["PATH"])))
+    (folder / "gcloud").chmod(0o755)
+    pod.write(down=",".join(["x"] * failures))
+    return pod(*HERE, *TRAIN, PATH=f"{folder}:{pod.environment['PATH']}", WORD=word, AT_ONCE=at_once, POLL="0.01")
+
+
+@pytest.mark.parametrize("word", ["", "describe", "tpu-vm ssh"])
+def test_a_network_that_is_gone_for_a_while_does_not_end_it(pod, word):
+    pod.write(actions="75,0")
+    done = follow_with_failures(pod, 14, word=word)
+    assert done.returncode == 0, done.stderr
+    assert not (pod.state / "down").read_text()
+    assert len(pod.rows("runs")) == 4
+    assert "12 of 16 in a row" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["", "tpu-vm ssh"])
+def test_nor_is_it_waited_for_for_ever(pod, word):
+    done = follow_with_failures(pod, 99, word=word)
+    assert done.returncode == 1
+    assert "16 of 16 in a row" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("tpu_pod: no longer following. The run goes on; the same command")
+
+
+def test_before_there_is_a_run_less_is_enough(pod):
+    done = follow_with_failures(pod, 99, at_once="1")
+    assert done.returncode == 1
+    assert len((pod.state / "down").read_text().splitlines()) == 94
+    assert done.stderr.splitlines()[-1] == "tpu_pod: ERROR: there is no network (5 of 5 in a row)"
+
+
 def test_it_does_not_start_again_for_ever(pod):
     pod.write(actions="75,75,75,75")
     done = pod(*HERE, *TRAIN, RESTARTS="2")

@@ -8,13 +8,14 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 import sentencepiece
 
-from moe_embed import checkpoint, metrics, program, run_data, same_run, sharding, train
+from moe_embed import checkpoint, health, metrics, program, run_data, same_run, sharding, train
 from moe_embed import config as config_lib
 from moe_embed.data import tokenizer as tokenizer_lib
 from moe_embed.load import Model, load, read_description, save
@@ -93,6 +94,26 @@ def test_a_finished_run_says_so_and_does_nothing(whole, config, capsys):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def test_room_for_a_checkpoint_is_looked_for_after_the_clean_up_and_where_one_will_be_written(whole, config, tmp_path, monkeypatch, capsys):  # fmt: skip
+    workdir = shutil.copytree(whole, tmp_path / "w")
+    checkpoints, compiled = workdir / "checkpoints", []
+    shutil.rmtree(checkpoints / "8")
+    no_room, plenty = (types.SimpleNamespace(free=free) for free in (0, 2**40))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: no_room)
+    train.train(config, workdir=whole)
+    assert "is finished" in capsys.readouterr().out
+    compile_step = train.compile_step
+    monkeypatch.setattr(train, "compile_step", lambda *arguments: compiled.append(1) or compile_step(*arguments))
+    with pytest.raises(config_lib.UserError, match=r"has 0\.00 GiB free, .*; make room"):
+        train.train(config, workdir=workdir)
+    assert not compiled
+    (checkpoints / "8.saving").mkdir()  # of a save that was killed: it is what fills the disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: no_room if list(checkpoints.glob("*.saving")) else plenty)
+    train.train(config, workdir=workdir)
+    assert checkpoint.steps(checkpoints) == [4, 8]
+    assert compiled
+
+
 def test_another_config_is_refused_by_field(whole, config):
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=1.0))
     with pytest.raises(config_lib.UserError, match=r"optim.learning_rate=.*not 1\.0"):
@@ -102,6 +123,7 @@ def test_another_config_is_refused_by_field(whole, config):
 def test_a_run_that_another_process_writes_is_left_as_it_is(whole, config, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "w")
     shutil.rmtree(workdir / "checkpoints" / "8")  # there is something to do
+    (workdir / health.SKIPPED).write_text('{"step": 6}\n')  # the other's, beyond the checkpoint
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     more = dataclasses.replace(config, run=dataclasses.replace(config.run, keep=5))  # what a rerun may say otherwise
     with same_run.alone(workdir), pytest.raises(config_lib.UserError, match="another process trains in"):

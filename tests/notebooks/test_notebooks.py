@@ -132,7 +132,15 @@ def set_up(folder: pathlib.Path, *, owner: str = "OWNER", **environ: str) -> sub
 
 @pytest.mark.notebooks
 @pytest.mark.parametrize(
-    ("capability", "platforms"), [("7.5", "cpu"), ("8.0", "None"), ("9.0\n9.0", "None"), ("", "None"), ("NVIDIA-SMI has failed because", "None"), ("[N/A]", "None")]
+    ("capability", "platforms"),
+    [
+        ("7.5", "cpu"),
+        ("8.0", "None"),
+        ("9.0\n9.0", "None"),
+        ("", "None"),
+        ("NVIDIA-SMI has failed because", "None"),
+        ("[N/A]", "None"),
+    ],
 )
 def test_an_old_gpu_is_left_aside_and_said(copy, capability, platforms):
     folder = copy.parent / "bin"
