@@ -55,10 +55,9 @@ def test_what_cannot_be_run_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(mteb_benchmark, "mteb_model", lambda path: None)
     with pytest.raises(UserError, match=r"SciFact cannot be fetched: no route to host$"):
         mteb_benchmark.main(arguments)
-    httpx = types.ModuleType("httpx")
-    httpx.HTTPError = type("HTTPError", (Exception,), {})
-    monkeypatch.setitem(sys.modules, "httpx", httpx)
-    for fault, words in ((httpx.HTTPError("no network"), "no network"), (TimeoutError(), "TimeoutError")):
+    of_the_sender = type("HTTPError", (Exception,), {})  # of the package that huggingface_hub sends by
+    monkeypatch.setattr("huggingface_hub.errors.HfHubHTTPError", type("HfHubHTTPError", (of_the_sender, OSError), {}))
+    for fault, words in ((of_the_sender("no network"), "no network"), (TimeoutError(), "TimeoutError")):
         module.evaluate = lambda *_, fault=fault, **__: (_ for _ in ()).throw(fault)
         with pytest.raises(UserError, match=f"SciFact cannot be fetched: {words}$"):
             mteb_benchmark.main(arguments)
