@@ -36,6 +36,26 @@ def test_the_share_is_a_bar_and_none_is_none():
         list(Tally("f", max_bad_fraction=1.0).good_of([UNREADABLE], make))
 
 
+def test_a_file_is_closed_before_its_fault_is_known():
+    ended = []
+
+    def rows(some):
+        try:
+            yield from some
+        finally:
+            ended.append(len(some))
+
+    with pytest.raises(BadRow) as fault:
+        list(Tally("f").good_of(rows([*GOOD, UNREADABLE]), make))
+    assert ended == [9]  # while the traceback still holds all frames
+    assert fault.tb is not None
+    kept = rows(GOOD)
+    with pytest.raises(BadRow):
+        [make(row, place) for place, row in kept]
+    assert ended == [9]  # what nobody closes stands open
+    kept.close()
+
+
 def test_only_the_first_are_quoted():
     tally = Tally("f", max_bad_fraction=1.0)
     list(tally.good_of([*GOOD[:1], *[UNREADABLE] * 50], make))

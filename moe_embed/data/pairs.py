@@ -1,5 +1,6 @@
 """Rows to pairs: our columns, sentence-transformers', FlagEmbedding's, and those of Nomic's public data; and back to lines."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -41,17 +42,21 @@ class Row:
 
 def read_rows(path: str, *, query: str = "query", document: str = "document") -> Iterator[Row]:
     """The rows of a file of pairs in order. BadRow, a UserError, at the first that is none."""
-    lines = itertools.repeat("")
-    if tables.kind(path) == ".jsonl":
-        decoded = (line.decode("utf-8-sig").removesuffix("\n") for line in tables.read_lines(path))
-        lines = (line for line in decoded if line.strip())  # a byte-order mark alone is a blank line
     make = functools.partial(of_row, query=query, document=document)
-    rows, again = itertools.tee(tables.rows(path))
-    for pairs, (_, columns) in zip(Tally(path).good_of(rows, make), again, strict=False):  # its checks come at the end
-        line = next(lines)
-        if not line:  # a short CSV row lacks values
-            columns = {name: value for name, value in columns.items() if value is not None}
-        yield Row(line or _json(columns), columns, pairs)
+    with contextlib.ExitStack() as files:
+        opened = lambda iterator: files.enter_context(contextlib.closing(iterator))  # noqa: E731
+        lines = itertools.repeat("")
+        if tables.kind(path) == ".jsonl":
+            decoded = (line.decode("utf-8-sig").removesuffix("\n") for line in opened(tables.read_lines(path)))
+            lines = (line for line in decoded if line.strip())  # a byte-order mark alone is a blank line
+        rows, again = itertools.tee(opened(tables.rows(path)))
+        for pairs, (_, columns) in zip(
+            Tally(path).good_of(rows, make), again, strict=False
+        ):  # its checks come at the end
+            line = next(lines)
+            if not line:  # a short CSV row lacks values
+                columns = {name: value for name, value in columns.items() if value is not None}
+            yield Row(line or _json(columns), columns, pairs)
 
 
 def with_negatives(row: Row, negatives: Sequence[str], scores: Sequence[float], *, document: str = "document") -> str:

@@ -1,7 +1,8 @@
 """What was read of a file, and what was bad in it: counted by reason, the first ones quoted, never passed over in silence."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 from moe_embed.config import UserError
 from moe_embed.data.tables import BadRow
@@ -23,20 +24,22 @@ class Tally:
 
         After the last row: UserError when the share of bad ones is above `max_bad_fraction`, or none is good.
         """
-        for place, row in rows:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                made = make(row, place)
-            except BadRow as fault:
-                if not self.max_bad_fraction or fault.more:
-                    raise
-                self.bad[fault.reason] += 1
-                if len(self.first) < QUOTED:
-                    self.first.append(str(fault))
-            else:
-                self.good += 1
-                yield made
+        # A file that is open ends here, and not when somebody has dropped the fault's traceback.
+        with contextlib.closing(rows) if isinstance(rows, Generator) else contextlib.nullcontext():
+            for place, row in rows:
+                try:
+                    if isinstance(row, BadRow):
+                        raise row
+                    made = make(row, place)
+                except BadRow as fault:
+                    if not self.max_bad_fraction or fault.more:
+                        raise
+                    self.bad[fault.reason] += 1
+                    if len(self.first) < QUOTED:
+                        self.first.append(str(fault))
+                else:
+                    self.good += 1
+                    yield made
         if self.bad.total() > self.max_bad_fraction * (self.good + self.bad.total()):
             raise UserError(f"{str(self).removesuffix('.')}; max_bad_fraction={self.max_bad_fraction} allows less.")
         if not self.good:
